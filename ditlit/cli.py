@@ -1,0 +1,110 @@
+"""The command line: Lightning's CLI on our module and datamodules, with the rules of a run's folder."""
+
+import sys
+from pathlib import Path
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from ditlit.data import LatentDataModule
+from ditlit.errors import InputError
+from ditlit.training import DiTModule
+
+DESCRIPTIONS = {
+    "fit": """Train a DiT. Example: ditlit fit --config xl2.yaml --data.store /data/imagenet-latents
+        --trainer.default_root_dir runs/xl2. Checkpoints, curves and sample grids go to the run's folder. Continue a
+        stopped run with --ckpt_path last.""",
+    "validate": """Compute the loss on held-out latents with the averaged weights. Example: ditlit validate --config
+        runs/xl2/config.yaml --ckpt_path runs/xl2/checkpoints/last.ckpt""",
+    "test": """Compute the loss on the test latents with the averaged weights; arguments as for validate.""",
+    "predict": """Draw samples with the averaged weights, every class in turn, as PNG files in predictions/ in the
+        run's folder. Example: ditlit predict --config runs/xl2/config.yaml --ckpt_path runs/xl2/checkpoints/last.ckpt
+        --data.predict_samples 1000""",
+}
+
+# In a checkout the configurations lie beside the package, in a wheel inside it.
+CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+
+
+def find_config(name: str) -> str:
+    """A configuration file as given, or else the shipped one of that name.
+
+    Raises:
+        InputError: where there is neither; lists the shipped ones.
+    """
+    if Path(name).exists():
+        return name
+    for folder in CONFIG_FOLDERS:
+        if (folder / name).is_file():
+            return str(folder / name)
+    shipped = sorted({str(p.relative_to(f)) for f in CONFIG_FOLDERS for p in f.rglob("*.yaml")})
+    raise InputError(f"there is no configuration {name!r}, neither here nor shipped; shipped: {', '.join(shipped)}")
+
+
+def with_found_configs(args: list[str]) -> list[str]:
+    """Command-line arguments with the files after ``--config`` and ``-c`` found."""
+    args = list(args)
+    for i, arg in enumerate(args):
+        if arg in ("--config", "-c") and i + 1 < len(args):
+            args[i + 1] = find_config(args[i + 1])
+        elif arg.startswith("--config="):
+            args[i] = "--config=" + find_config(arg.removeprefix("--config="))
+    return args
+
+
+class DitlitCLI(LightningCLI):
+    """Lightning's command line for :class:`DiTModule` and any :class:`LatentDataModule`."""
+
+    def __init__(self, args: ArgsType = None, run: bool = True):
+        super().__init__(
+            DiTModule,
+            LatentDataModule,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={name: {"description": " ".join(text.split())} for name, text in DESCRIPTIONS.items()},
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        if args is None:
+            args = sys.argv[1:]
+        if isinstance(args, (dict, Namespace)):
+            self.config = parser.parse_object(args)
+        else:
+            self.config = parser.parse_args(with_found_configs(args))
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration as the user wrote it: Lightning would let the checkpoint override it."""
+
+    def before_instantiate_classes(self) -> None:
+        """Keep everything of a run in one folder, so that ``--ckpt_path last`` finds it again."""
+        trainer = self._get(self.config, "trainer")
+        if trainer.default_root_dir is None:
+            trainer.default_root_dir = "runs/default"
+        # TensorBoardLogger below default_root_dir itself, not in a new lightning_logs/version_n each time.
+        self._default_logger = trainer.logger is None or trainer.logger is True
+
+    def instantiate_trainer(self, **kwargs):
+        if self._default_logger:
+            root = self._get(self.config_init, "trainer").default_root_dir
+            kwargs["logger"] = TensorBoardLogger(root, name="", version="")
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Refuse to write a new run over an old one."""
+        last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        new = self._get(self.config, "ckpt_path") is None
+        if new and last.exists() and not self.trainer.fast_dev_run:
+            raise InputError(
+                f"{self.trainer.default_root_dir} holds a run already. Continue it with --ckpt_path last, choose "
+                "another folder with --trainer.default_root_dir, or delete it"
+            )

@@ -1,0 +1,7 @@
+"""Latents on disk, the order they are read in, and what they mean."""
+
+from ditlit.data.datamodule import LatentDataModule
+from ditlit.data.digits import DigitsDataModule
+from ditlit.data.store import LatentStore, Manifest, write_store
+
+__all__ = ["DigitsDataModule", "LatentDataModule", "LatentStore", "Manifest", "write_store"]

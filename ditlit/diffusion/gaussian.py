@@ -1,0 +1,252 @@
+"""Gaussian diffusion in discrete time: schedule, loss, and the posterior between any two timesteps.
+
+Notation: x_t = alpha_t x0 + sigma_t eps, with alpha_t^2 = abar_t = prod(1 - beta) and sigma_t^2 = 1 - abar_t
+(Ho et al. 2020, arXiv 2006.11239). Learned variances and the hybrid loss are those of Nichol & Dhariwal 2021
+(arXiv 2102.09672).
+"""
+
+import math
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ditlit.errors import InputError
+
+
+class Denoiser(Protocol):
+    """Anything that maps x_t (N, C, H, W), t (N,), y (N,) to (N, C or 2C, H, W): noise first, then the variance."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
+
+
+class Prediction(NamedTuple):
+    """What a denoiser says about x_t: clean latents, noise, and its raw variance output if it has one."""
+
+    x0: Tensor
+    eps: Tensor
+    variance: Tensor | None
+
+
+def linear_betas(num_timesteps: int) -> Tensor:
+    """Ho et al. 2020, section 4: 1e-4 to 2e-2 over 1,000 steps, scaled to keep the same total noise for another T."""
+    scale = 1000 / num_timesteps
+    return torch.linspace(scale * 1e-4, scale * 2e-2, num_timesteps, dtype=torch.float64)
+
+
+def cosine_betas(num_timesteps: int) -> Tensor:
+    """Nichol & Dhariwal 2021, equation 17: abar follows a squared cosine; betas are capped at 0.999."""
+    u = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
+    abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+
+
+SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
+
+
+class GaussianDiffusion:
+    """The diffusion process of DiT: noise prediction with T discrete timesteps.
+
+    Args:
+        num_timesteps: number T of timesteps; t runs from 0 (almost clean) to T-1 (almost noise).
+        schedule: linear betas (the paper) or a squared-cosine abar.
+        vlb_weight: weight of the variational bound in the loss; 0 trains on the squared error alone. It applies to
+            denoisers that predict their variance.
+        fixed_variance: variance of a sampling step where the denoiser does not predict it: beta (large) or that of the
+            posterior given x0 (small).
+        clip_x0: clamp predicted clean data to [-1, 1] in sampling: right for pixels, wrong for VAE latents, which
+            exceed it.
+    """
+
+    def __init__(
+        self,
+        num_timesteps: int = 1000,
+        schedule: Literal["linear", "cosine"] = "linear",
+        vlb_weight: float = 1.0,
+        fixed_variance: Literal["large", "small"] = "large",
+        clip_x0: bool = False,
+    ):
+        if schedule not in SCHEDULES:
+            raise InputError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        if num_timesteps < 21:
+            raise InputError(f"num_timesteps must be more than 20, got {num_timesteps}")
+        self.config = dict(
+            num_timesteps=num_timesteps,
+            schedule=schedule,
+            vlb_weight=vlb_weight,
+            fixed_variance=fixed_variance,
+            clip_x0=clip_x0,
+        )
+        self.num_timesteps = num_timesteps
+        self.vlb_weight = vlb_weight
+        self.fixed_variance = fixed_variance
+        self.clip_x0 = clip_x0
+        self.abar = (1 - SCHEDULES[schedule](num_timesteps)).cumprod(0)  # (T,) float64
+        # abar with the clean end in front, so that index t + 1 is timestep t and index 0 is "no noise" (t = -1).
+        self._abar = torch.cat([torch.ones(1, dtype=torch.float64), self.abar])
+
+    # Time --------------------------------------------------------------------------------------------------------
+
+    def sample_timesteps(self, n: int, generator: torch.Generator | None = None, device=None) -> Tensor:
+        """Draw n training timesteps, uniformly."""
+        return torch.randint(self.num_timesteps, (n,), generator=generator, device=device)
+
+    def timesteps(self, num_steps: int, spacing: Literal["even", "ddim"] = "even") -> Tensor:
+        """The decreasing timesteps (num_steps,) that a sampler visits.
+
+        ``even`` spreads them from T-1 to 0 inclusive, at fractional strides rounded to integers. ``ddim`` takes every
+        k-th timestep from 0 on, for the integer k that gives this number of steps: what the released code calls
+        "ddimN". It never visits T-1.
+        """
+        T = self.num_timesteps
+        if not 1 <= num_steps <= T:
+            raise InputError(f"num_steps must lie between 1 and {T}, got {num_steps}")
+        if spacing == "even":
+            if num_steps == 1:
+                return torch.tensor([T - 1])
+            return torch.tensor([round(i * (T - 1) / (num_steps - 1)) for i in reversed(range(num_steps))])
+        counts = {len(range(0, T, stride)): stride for stride in range(T, 0, -1)}
+        if num_steps not in counts:
+            nearest = sorted(sorted(counts, key=lambda n: abs(n - num_steps))[:4])
+            raise InputError(
+                f"no integer stride over {T} timesteps gives {num_steps} steps with spacing 'ddim'; "
+                f"the nearest that do are {', '.join(map(str, nearest))}, or use spacing 'even'"
+            )
+        return torch.arange(0, T, counts[num_steps]).flip(0)
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) of timesteps t (N,), each (N, 1, 1, 1) in float32; t = -1 is clean data: (1, 0)."""
+        abar = self._abar_at(t)
+        return abar.sqrt().float(), (1 - abar).sqrt().float()
+
+    def _abar_at(self, t: Tensor) -> Tensor:
+        if self._abar.device != t.device:
+            self._abar = self._abar.to(t.device)  # once: schedules move to the device that first asks
+        return self._abar[t + 1][:, None, None, None]  # (N, 1, 1, 1) float64
+
+    # The forward process and the denoiser's answer -----------------------------------------------------------------
+
+    def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = alpha_t x0 + sigma_t noise."""
+        alpha, sigma = self.scales(t)
+        return alpha * x0 + sigma * noise
+
+    def predict(self, model: Denoiser, x_t: Tensor, t: Tensor, y: Tensor) -> Prediction:
+        """Ask the denoiser for noise, clean latents and variance at x_t, for sampling."""
+        eps, variance = split_variance(model(x_t, t, y), x_t.shape[1])
+        alpha, sigma = self.scales(t)
+        x0 = (x_t - sigma * eps) / alpha
+        if self.clip_x0:
+            x0 = x0.clamp(-1, 1)
+            eps = (x_t - alpha * x0) / sigma
+        return Prediction(x0, eps, variance)
+
+    def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(x_s | x_t, x0) for s < t: Ho et al. 2020, equations 6-7, with beta = 1 - abar_t /
+        abar_s between the two timesteps.
+
+        For s = -1 the variance is zero; the logarithm returned is that of the step from timestep 1 to 0 (Nichol &
+        Dhariwal 2021, section 3.1).
+        """
+        abar_t, abar_s = self._abar_at(t), self._abar_at(s)
+        beta = 1 - abar_t / abar_s
+        mean = (beta * abar_s.sqrt() / (1 - abar_t)).float() * x0 + (
+            (1 - abar_s) * (1 - beta).sqrt() / (1 - abar_t)
+        ).float() * x_t
+        return mean, self._posterior_log_variance(t, s)
+
+    def _posterior_log_variance(self, t: Tensor, s: Tensor) -> Tensor:
+        last = s < 0  # the step to clean data borrows the variance of the step from timestep 1 to 0
+        t, s = torch.where(last, 1, t), torch.where(last, 0, s)
+        abar_t, abar_s = self._abar_at(t), self._abar_at(s)
+        return ((1 - abar_t / abar_s) * (1 - abar_s) / (1 - abar_t)).log().float()  # (N, 1, 1, 1)
+
+    def log_variance(self, variance: Tensor | None, t: Tensor, s: Tensor) -> Tensor:
+        """Log-variance of the denoiser's step from t to s.
+
+        A raw output v in [-1, 1] interpolates between the logarithms of the posterior's variance and of beta (Nichol &
+        Dhariwal 2021, equation 15).
+        """
+        small = self._posterior_log_variance(t, s)
+        large = (1 - self._abar_at(t) / self._abar_at(s)).log().float()
+        if variance is not None:
+            fraction = (variance + 1) / 2
+            return fraction * large + (1 - fraction) * small
+        if self.fixed_variance == "small":
+            return small
+        return torch.where((s < 0)[:, None, None, None], small, large)
+
+    # The loss --------------------------------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        model: Denoiser,
+        x0: Tensor,
+        y: Tensor,
+        generator: torch.Generator | None = None,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Per-sample terms (N,) of the training loss: ``loss``, ``mse``, and ``vlb`` where the variance is learned.
+
+        ``mse`` is the mean squared error of the noise; ``vlb`` the bound's term for the drawn timestep in bits per
+        dimension, through which no gradient reaches the mean (Nichol & Dhariwal 2021, section 3.1);
+        loss = mse + vlb_weight * vlb. ``t`` (N,) and ``noise`` (like x0) are drawn from ``generator`` unless given.
+        """
+        if t is None:
+            t = self.sample_timesteps(len(x0), generator, x0.device)
+        if noise is None:
+            noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        x_t = self.noised(x0, t, noise)
+        eps, variance = split_variance(model(x_t, t, y), x0.shape[1])
+        mse = (eps - noise).square().flatten(1).mean(1)  # (N,)
+        if variance is None or self.vlb_weight == 0:
+            return {"loss": mse, "mse": mse}
+        vlb = self._vlb(eps.detach(), variance, x0, x_t, t)
+        return {"loss": mse + self.vlb_weight * vlb, "mse": mse, "vlb": vlb}
+
+    def _vlb(self, eps: Tensor, variance: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        s = t - 1
+        alpha, sigma = self.scales(t)
+        mean, _ = self.posterior((x_t - sigma * eps) / alpha, x_t, t, s)
+        log_variance = self.log_variance(variance, t, s)
+        true_mean, true_log_variance = self.posterior(x0, x_t, t, s)
+        kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
+        nll = -discretized_gaussian_log_likelihood(x0, mean, log_variance / 2)
+        term = torch.where((t == 0)[:, None, None, None], nll, kl)
+        return term.flatten(1).mean(1) / math.log(2)  # (N,) bits per dimension
+
+
+def split_variance(out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """A denoiser's output (N, C or 2C, H, W) as float32 noise and raw variance, the latter None where not predicted."""
+    out = out.float()
+    return (out[:, :channels], out[:, channels:]) if out.shape[1] == 2 * channels else (out, None)
+
+
+def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N1 || N2) in nats, elementwise."""
+    return 0.5 * (
+        log_variance2
+        - log_variance1
+        - 1
+        + (log_variance1 - log_variance2).exp()
+        + (mean1 - mean2).square() * (-log_variance2).exp()
+    )
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log-probability in nats of x as 8-bit values in [-1, 1] under a Gaussian, elementwise (Ho et al. 2020, eq. 13).
+
+    The normal distribution function is its tanh approximation and the bins are those of 8-bit pixels although DiT's
+    data are latents: deliberately so, since the released models were trained with it.
+    """
+
+    def cdf(z: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    half_bin = 1 / 255
+    scale = (-log_std).exp()
+    upper = cdf(scale * (x - mean + half_bin))
+    lower = cdf(scale * (x - mean - half_bin))
+    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return probability.clamp(min=1e-12).log()

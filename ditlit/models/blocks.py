@@ -1,0 +1,81 @@
+"""The adaLN-Zero transformer block and the final layer (Peebles & Xie 2023, figure 3)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (N, T, D) scaled by 1 + ``scale`` and moved by ``shift``, both (N, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    # No affine: scale and shift come from the conditioning.
+    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (N, T, D)."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(n, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (N, heads, T, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(x.transpose(1, 2).reshape(n, tokens, width))  # (N, T, D)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a tanh-GELU between them."""
+
+    def __init__(self, width: int, hidden: int, dropout: float):
+        super().__init__()
+        self.fc_in = nn.Linear(width, hidden)
+        self.fc_out = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(F.gelu(self.fc_in(x), approximate="tanh"))
+        return self.dropout(self.fc_out(x))
+
+
+class AdaLNZeroBlock(nn.Module):
+    """Attention and MLP, each with shift, scale and gate regressed from the conditioning.
+
+    ``modulation`` starts at zero, so that the gates are closed and the block begins as the identity.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, dropout: float):
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.attn = Attention(width, num_heads, dropout)
+        self.norm2 = layer_norm(width)
+        self.mlp = MLP(width, int(width * mlp_ratio), dropout)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (N, T, D) tokens; c (N, D) conditioning, already through its SiLU."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)  # 6 x (N, D)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a linear map to the values of each patch."""
+
+    def __init__(self, width: int, out_features: int):
+        super().__init__()
+        self.norm = layer_norm(width)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, out_features)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c).chunk(2, dim=1)  # 2 x (N, D)
+        return self.linear(modulate(self.norm(x), shift, scale))  # (N, T, p*p*C)

@@ -1,0 +1,9 @@
+"""Training with Lightning: the module, the moving average, and what a run shows."""
+
+from ditlit.training.digits import DigitsReport
+from ditlit.training.ema import EMA
+from ditlit.training.module import DiTModule
+from ditlit.training.monitor import RunProgressBar, TrainingMonitor
+from ditlit.training.pictures import SampleGrid
+
+__all__ = ["EMA", "DiTModule", "DigitsReport", "RunProgressBar", "SampleGrid", "TrainingMonitor"]

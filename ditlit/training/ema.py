@@ -1,0 +1,163 @@
+"""The exponential moving average of the denoiser's weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from ditlit.errors import InputError
+
+PREFIX = "denoiser."
+
+
+class Average:
+    """Float32 averages of a module's trainable parameters; buffers and frozen parameters are left alone."""
+
+    def __init__(self, module: nn.Module, decay: float, warmup: bool):
+        self.decay = decay
+        self.warmup = warmup
+        self.num_updates = 0
+        self.names = [name for name, p in module.named_parameters() if p.requires_grad]
+        self.values = [p.detach().float().clone() for p in self.parameters(module)]
+
+    def parameters(self, module: nn.Module) -> list[Tensor]:
+        return [module.get_parameter(name).detach() for name in self.names]
+
+    def update_parameters(self, pl_module: LightningModule) -> None:
+        """average <- decay * average + (1 - decay) * parameters, in a few multi-tensor kernels."""
+        decay = self.decay
+        if self.warmup:
+            decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(self.values, [p.float() for p in self.parameters(pl_module.denoiser)], 1 - decay)
+        self.num_updates += 1
+
+    def to(self, devices: list[torch.device]) -> None:
+        self.values = [value.to(device) for value, device in zip(self.values, devices, strict=True)]
+
+    def named(self) -> dict[str, Tensor]:
+        """The averages under the keys that they have in the LightningModule's state dict."""
+        return {PREFIX + name: value for name, value in zip(self.names, self.values, strict=True)}
+
+
+class EMA(WeightAveraging):
+    """Keeps the moving average and puts it in the denoiser's place in validation, in sampling and when training ends.
+
+    Unlike its parent it averages the denoiser only, in float32 whatever the training precision, on the device of the
+    weights, with a few kernels an optimizer step and no host synchronisation. The raw weights are kept aside while the
+    average stands in for them, so that a checkpoint written or an exception raised meanwhile finds both as they are.
+    In checkpoints ``state_dict`` holds the average and ``current_model_state`` the raw weights.
+
+    Args:
+        decay: of the average, per optimizer step. The paper: 0.9999.
+        warmup: start with a lower decay, (1 + k) / (10 + k) after k steps, so that short runs forget their
+            initialisation.
+    """
+
+    def __init__(self, decay: float = 0.9999, warmup: bool = False):
+        if not 0 <= decay < 1:
+            raise InputError(f"the decay of the EMA lies in [0, 1), got {decay}")
+        super().__init__(use_buffers=False)
+        self.decay = decay
+        self.warmup = warmup
+        self._average_model: Average | None = None
+        self._raw: list[Tensor] | None = None  # the weights set aside while the average is in their place
+
+    @contextmanager
+    def averaged(self, pl_module: LightningModule) -> Iterator[None]:
+        """The denoiser holds the average inside; outside of training it does already."""
+        if self._average_model is None or self._raw is not None:
+            yield
+            return
+        self._swap_in(pl_module)
+        try:
+            yield
+        finally:
+            self._swap_out(pl_module)
+
+    def _swap_in(self, pl_module: LightningModule) -> None:
+        if self._average_model is None or self._raw is not None:
+            return
+        parameters = self._average_model.parameters(pl_module.denoiser)
+        self._raw = [p.clone() for p in parameters]
+        torch._foreach_copy_(parameters, self._average_model.values)
+
+    def _swap_out(self, pl_module: LightningModule) -> None:
+        if self._raw is None:
+            return
+        torch._foreach_copy_(self._average_model.parameters(pl_module.denoiser), self._raw)
+        self._raw = None
+
+    # Hooks ---------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._swap_out(pl_module)  # left in place by an earlier fit
+        self._average_model = None
+        if stage != "fit":
+            return
+        for callback in trainer.callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
+                raise InputError(
+                    "ModelCheckpoint(save_weights_only=True) would save no moving average; remove the setting"
+                )
+        self._latest_update_step = 0
+        self._average_model = Average(pl_module.denoiser, self.decay, self.warmup)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Only now are the weights on their device.
+        parameters = self._average_model.parameters(pl_module.denoiser)
+        self._average_model.to([p.device for p in parameters])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_in(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_out(pl_module)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: the parent's swap is between on_validation_start and on_validation_end here."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: see on_validation_epoch_start."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._swap_out(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The average stays in the model for what comes after training; the raw weights stay for late checkpoints.
+        self._swap_in(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._average_model is not None:
+            cpu = [torch.device("cpu")] * len(self._average_model.values)
+            self._average_model.to(cpu)
+            self._raw = None if self._raw is None else [value.cpu() for value in self._raw]
+
+    # Checkpoints ---------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        average = self._average_model
+        if average is None:
+            return  # not training: the model holds whatever was loaded
+        raw = checkpoint["state_dict"]
+        if self._raw is not None:
+            raw = raw | {PREFIX + name: value for name, value in zip(average.names, self._raw, strict=True)}
+        checkpoint["current_model_state"] = raw
+        checkpoint["state_dict"] = raw | average.named()
+        checkpoint["averaging_state"] = {"num_updates": average.num_updates, "decay": self.decay}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        average = self._average_model
+        if average is None:
+            return  # validation, test and prediction use the average, which is what state_dict holds
+        if "current_model_state" in checkpoint:
+            average.num_updates = checkpoint["averaging_state"]["num_updates"]
+            pl_module.load_state_dict(checkpoint["current_model_state"])
+        else:
+            rank_zero_warn("The checkpoint has no moving average: it starts from the checkpoint's weights.")
+        state = checkpoint["state_dict"]
+        average.values = [state[PREFIX + name].float().clone() for name in average.names]

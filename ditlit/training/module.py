@@ -1,0 +1,250 @@
+"""The LightningModule: a denoiser, a diffusion process, and the moving average of the denoiser's weights."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jsonargparse import lazy_instance
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torchmetrics import MeanMetric
+
+from ditlit.checkpoints import describe
+from ditlit.data.store import per_channel
+from ditlit.diffusion import GaussianDiffusion, Sampling
+from ditlit.diffusion.sampling import StepCallback, mix, sample_generators
+from ditlit.errors import InputError
+from ditlit.training.draws import StepDraws
+from ditlit.training.ema import EMA
+
+GOLDEN_RATIO = 0.6180339887498949
+VALIDATION_SEED = 0  # of the validation noise; the same in every run, so that curves compare
+
+
+class DiTModule(LightningModule):
+    """Trains a denoiser on latents and draws samples with it.
+
+    Args:
+        denoiser: the network; DiT or any module with its call, ``in_channels``, ``input_size``, ``num_classes`` and
+            ``config``.
+        process: the diffusion process.
+        optimizer: from parameters to an optimizer. The paper: AdamW, learning rate 1e-4, no weight decay.
+        lr_scheduler: from an optimizer to a schedule over optimizer steps; constant by default.
+        ema: the moving average of the weights that validation and sampling use; null for none.
+        label_dropout: probability of replacing a label by the null class, for classifier-free guidance.
+        sampling: how samples are drawn.
+        seed: of everything random in training; follows seed_everything in the command line.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        process: GaussianDiffusion = lazy_instance(GaussianDiffusion),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        ema: EMA | None = lazy_instance(EMA),
+        label_dropout: float = 0.1,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+    ):
+        super().__init__()
+        if not 0 <= label_dropout < 1:
+            raise InputError(f"label_dropout is a probability below 1, got {label_dropout}")
+        self.denoiser = denoiser
+        self.process = process
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.ema = ema
+        self.label_dropout = label_dropout
+        self.sampling = sampling
+        self.seed = seed
+        self.grad_norm: Tensor | None = None  # of the latest optimizer step, before clipping
+        # x0 = (latent - shift) * scale; filled from the store, and kept in checkpoints for sampling without it.
+        self.register_buffer("latent_shift", torch.zeros(denoiser.in_channels, 1, 1))
+        self.register_buffer("latent_scale", torch.ones(denoiser.in_channels, 1, 1))
+        self.val_terms = nn.ModuleDict({name: MeanMetric() for name in ("loss", "mse", "vlb")})
+
+    # Setting up --------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        return [] if self.ema is None else [self.ema]
+
+    def setup(self, stage: str) -> None:
+        if self.ema is not None:
+            # First in line, so that the other callbacks of a step find the average up to date.
+            callbacks = self.trainer.callbacks
+            callbacks.insert(0, callbacks.pop(callbacks.index(self.ema)))
+        manifest = getattr(self.trainer.datamodule, "manifest", None)
+        if manifest is None:
+            return
+        built_for = (self.denoiser.in_channels, *self.denoiser.input_size)
+        if manifest.shape != built_for:
+            c, h, w = manifest.shape
+            raise InputError(
+                f"the store {self.trainer.datamodule.store} holds latents of shape {manifest.shape}, but the denoiser "
+                f"is built for {built_for}; set --model.denoiser.in_channels {c} and --model.denoiser.input_size "
+                + (f"{h}" if h == w else f"[{h},{w}]")
+            )
+        if manifest.num_classes != self.denoiser.num_classes:
+            raise InputError(
+                f"the store {self.trainer.datamodule.store} has {manifest.num_classes} classes, but the denoiser is "
+                f"built for {self.denoiser.num_classes}; set --model.denoiser.num_classes {manifest.num_classes}"
+            )
+        self.latent_shift.copy_(per_channel(manifest.shift, manifest.shape[0]))
+        self.latent_scale.copy_(per_channel(manifest.scale, manifest.shape[0]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([p for p in self.denoiser.parameters() if p.requires_grad])
+        prefer_fused(optimizer)
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    # Training ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        y = batch["labels"]  # (N,)
+        draws = self.step_draws(len(y), batch_idx)
+        t = draws.timesteps(self.process.sample_timesteps)  # (N,)
+        noise = draws.normal(*self.latent_shape)  # (N, C, H, W)
+        y = torch.where(draws.uniform() < self.label_dropout, self.denoiser.num_classes, y)  # (N,)
+        x0 = self.scaled(batch, draws.normal)  # (N, C, H, W)
+        terms = self.process.loss(self.denoiser, x0, y, t=t, noise=noise)
+        return {"loss": terms["loss"].mean(), "terms": {k: v.detach() for k, v in terms.items()}, "t": t}
+
+    def step_draws(self, n: int, batch_idx: int) -> StepDraws:
+        """The random numbers of this step for the n rows of this process, as laid out by ``TrainOrder``."""
+        trainer = self.trainer
+        part = batch_idx % trainer.accumulate_grad_batches * trainer.world_size + trainer.global_rank
+        step = trainer.global_step
+        torch.manual_seed(mix(self.seed, step, part))  # dropout inside the network draws from the global generators
+        total = n * trainer.world_size * trainer.accumulate_grad_batches
+        return StepDraws(self.seed, step, total, slice(part * n, (part + 1) * n), self.device)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return (self.denoiser.in_channels, *self.denoiser.input_size)
+
+    def scaled(self, batch: dict[str, Tensor], normal: Any) -> Tensor:
+        """x0 (N, C, H, W) of a batch: raw latents, or a draw from their posterior, shifted and scaled.
+
+        ``normal`` gives the (N, C, H, W) standard normal numbers of the draw.
+        """
+        if "moments" in batch:
+            mean, std = batch["moments"].float().chunk(2, dim=1)
+            raw = mean + std * normal(*self.latent_shape)
+        else:
+            raw = batch["latents"].float()
+        return (raw - self.latent_shift) * self.latent_scale
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Compute the gradient norm once, for clipping and for the log."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise InputError("gradients are clipped by norm: remove trainer.gradient_clip_algorithm")
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.grad_norm = get_total_norm([p.grad for p in parameters])
+        if gradient_clip_val:
+            clip_grads_with_norm_(parameters, gradient_clip_val, self.grad_norm)
+
+    # Validation --------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.held_out_loss(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.held_out_loss(batch, "test")
+
+    def held_out_loss(self, batch: dict[str, Tensor], split: str) -> None:
+        """Log the loss with one fixed timestep and noise for each sample, so that it compares across steps and runs.
+
+        Timesteps follow the golden-ratio sequence over the samples' numbers, which spreads them evenly.
+        """
+        index = batch["index"].tolist()
+        generators = sample_generators(VALIDATION_SEED, index)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+
+        t = [int(i * GOLDEN_RATIO % 1 * self.process.num_timesteps) for i in index]
+        noise = normal(*self.latent_shape)  # (N, C, H, W)
+        x0 = self.scaled(batch, normal)  # (N, C, H, W)
+        t = torch.tensor(t, device=self.device)  # (N,)
+        terms = self.process.loss(self.denoiser, x0, batch["labels"], t=t, noise=noise)
+        for name, values in terms.items():
+            self.val_terms[name].update(values, batch["valid"].float())
+            self.log(f"{split}/{name}", self.val_terms[name], on_step=False, on_epoch=True, prog_bar=name == "loss")
+
+    # Sampling ----------------------------------------------------------------------------------------------------
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return batch | {"latents": self.sample(batch["labels"], batch["index"].tolist())}
+
+    def sample(
+        self, y: Tensor, indices: Sequence[int], seed: int | None = None, callback: StepCallback | None = None
+    ) -> Tensor:
+        """Draw raw latents (N, C, H, W) for labels y (N,), with the weights that the denoiser holds now.
+
+        A sample depends on the seed (the run's by default), its global index and its label alone.
+        """
+        seed = self.seed if seed is None else seed
+        x0 = self.sampling(
+            self.process, self.denoiser, self.latent_shape, y, self.denoiser.num_classes, indices, seed, callback
+        )
+        return x0 / self.latent_scale + self.latent_shift
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the denoiser holds the moving average of its weights."""
+        return nullcontext() if self.ema is None else self.ema.averaged(self)
+
+    # Checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Plain data that rebuild the model: by ``ditlit.checkpoints.load`` and Lightning's ``load_from_checkpoint``.
+        checkpoint["hyper_parameters"] = {
+            "_instantiator": "lightning.pytorch.cli.instantiate_module",
+            "denoiser": describe(self.denoiser),
+            "process": describe(self.process),
+            "label_dropout": self.label_dropout,
+            "seed": self.seed,
+        }
+        manifest = getattr(self.trainer.datamodule, "manifest", None)
+        if manifest is not None:
+            names = ("kind", "image_size", "preprocessing", "vae", "class_names")
+            checkpoint["latents"] = {name: getattr(manifest, name) for name in names}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        has_store = self._trainer is not None and getattr(self.trainer.datamodule, "manifest", None) is not None
+        for name in ("latent_shift", "latent_scale"):
+            if has_store and not torch.equal(state[name], getattr(self, name).cpu()):
+                raise InputError(
+                    f"the checkpoint was trained with {name} {state[name].flatten().tolist()}, but the store "
+                    f"{self.trainer.datamodule.store} says {getattr(self, name).flatten().tolist()}; use latents of "
+                    "the same VAE and normalisation"
+                )
+
+
+def prefer_fused(optimizer: torch.optim.Optimizer) -> None:
+    """Let Adam and AdamW run as one fused kernel where the configuration leaves the choice open."""
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        for group in optimizer.param_groups:
+            if group["fused"] is None and not group["foreach"]:
+                group["fused"] = all(p.is_floating_point() and p.device.type in FUSED_DEVICES for p in group["params"])
+    # A fused optimizer would divide fp16 gradients by the loss scale itself, after clipping; the scaler must do it
+    # first, so that the clipped and logged norm is the true one.
+    optimizer._step_supports_amp_scaling = False
+
+
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")

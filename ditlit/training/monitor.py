@@ -1,0 +1,143 @@
+"""What a run shows while it trains: curves in the logger and a progress bar."""
+
+import time
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
+
+from ditlit.models import DiT, macs
+
+QUARTILES = 4
+
+
+class TrainingMonitor(Callback):
+    """Logs, every ``trainer.log_every_n_steps`` steps, means over the steps since: loss and its terms, loss by quartile
+    of the timestep, images per second and images seen, share of the device's peak (MFU), and the latest gradient norm
+    and learning rate.
+
+    Values are added up on the device and read once a log entry, so that a step waits for nothing.
+    """
+
+    def __init__(self):
+        self._sums: Tensor | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._peak = peak_flops(trainer, pl_module)
+        self._flops = 6 * macs(pl_module.denoiser) if isinstance(pl_module.denoiser, DiT) else None
+        self._start_window()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: dict[str, Any], batch: Any, batch_idx: int
+    ) -> None:
+        self._add(outputs, pl_module.process.num_timesteps)
+        self._images += len(outputs["t"]) * trainer.world_size
+        at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if at_step and trainer.global_step % trainer.log_every_n_steps == 0:
+            self._log(trainer, pl_module)
+            self._start_window()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused_at = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._started += time.perf_counter() - self._paused_at  # throughput is that of training
+
+    def _start_window(self) -> None:
+        self._sums = None
+        self._images = 0
+        self._started = time.perf_counter()
+
+    def _add(self, outputs: dict[str, Any], num_timesteps: int) -> None:
+        terms = outputs["terms"]
+        self._names = list(terms)
+        quartile = outputs["t"] * QUARTILES // num_timesteps  # (N,)
+        in_quartile = torch.nn.functional.one_hot(quartile, QUARTILES).to(terms["loss"])  # (N, 4)
+        values = torch.stack(list(terms.values()))  # (terms, N)
+        sums = torch.cat(
+            [values.sum(1), values.new_tensor([values.shape[1]]), terms["loss"] @ in_quartile, in_quartile.sum(0)]
+        )
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        sums = trainer.strategy.reduce(self._sums, reduce_op="sum")
+        norm = pl_module.grad_norm if pl_module.grad_norm is not None else sums.new_tensor(float("nan"))
+        *sums, norm = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()  # the only wait for the device
+        elapsed = time.perf_counter() - self._started
+        *sums, q1, q2, q3, q4, n1, n2, n3, n4 = sums
+        *sums, count = sums
+        metrics = {f"train/{name}": total / count for name, total in zip(self._names, sums, strict=True)}
+        T = pl_module.process.num_timesteps
+        for i, (total, n) in enumerate(((q1, n1), (q2, n2), (q3, n3), (q4, n4))):
+            if n:
+                first, last = -(-i * T // QUARTILES), -(-(i + 1) * T // QUARTILES) - 1
+                metrics[f"loss_by_timestep/{first:03d}-{last:03d}"] = total / n
+        rate = self._images / elapsed
+        metrics |= {
+            "train/grad_norm": norm,
+            "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "throughput/images_per_second": rate,
+            "throughput/images_seen": trainer.global_step * self._images_per_step(trainer),
+        }
+        if self._peak and self._flops:
+            metrics["throughput/mfu"] = rate * self._flops / (self._peak * trainer.world_size)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        shown = {"loss": metrics["train/loss"], "img/s": rate}
+        pl_module.log_dict(shown, prog_bar=True, logger=False)
+
+    def _images_per_step(self, trainer: Trainer) -> int:
+        return trainer.train_dataloader.sampler.global_batch_size
+
+
+def peak_flops(trainer: Trainer, pl_module: LightningModule) -> float | None:
+    """FLOP/s on the datasheet of this device at the training precision, or None where it is not known."""
+    device = pl_module.device
+    if device.type != "cuda":
+        return None
+    precision = str(trainer.precision)
+    dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
+    if "H200" in torch.cuda.get_device_name(device) and dtype != torch.float32:
+        return 989e12  # NVIDIA's datasheet, dense; Lightning's table does not match the name that the driver reports
+    return get_available_flops(device, dtype)
+
+
+class RunProgressBar(TQDMProgressBar):
+    """One bar for the whole run in optimizer steps, instead of one an epoch: rate, time left and the latest loss.
+
+    Args:
+        refresh_rate: batches between two updates.
+    """
+
+    def __init__(self, refresh_rate: int = 10):
+        super().__init__(refresh_rate=refresh_rate)
+
+    def init_train_tqdm(self):
+        bar = super().init_train_tqdm()
+        bar.total = None if self.trainer.max_steps < 0 else self.trainer.max_steps
+        bar.initial = bar.n = self.trainer.global_step
+        bar.unit = "step"
+        return bar
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.train_progress_bar.total is None and trainer.max_epochs not in (None, -1):
+            batches = trainer.num_training_batches * trainer.max_epochs
+            self.train_progress_bar.total = batches // trainer.accumulate_grad_batches
+        self.train_progress_bar.set_description(f"Training, epoch {trainer.current_epoch}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        bar = self.train_progress_bar
+        if self._should_update(trainer.global_step, bar.total) and not bar.disable:
+            bar.n = trainer.global_step
+            bar.set_postfix(self.get_metrics(trainer, pl_module))
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in metrics.items()}

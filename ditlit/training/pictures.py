@@ -1,0 +1,150 @@
+"""Pictures from a run: a fixed grid of samples during training, single files in prediction."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torchvision.transforms.functional import InterpolationMode, resize, to_pil_image
+from torchvision.utils import make_grid
+
+from ditlit.data.vae import Decoder, load_decoder, to_uint8
+from ditlit.errors import InputError
+
+
+class SampleGrid(Callback):
+    """Draws the same grid again and again as training goes on: fixed noise, fixed classes, the averaged weights.
+
+    The grid goes to ``samples/`` in the run's folder as PNG, and to TensorBoard. Ranks share the work. In prediction
+    every sample becomes a PNG in ``predictions/``. How samples are drawn is ``model.sampling``.
+
+    Args:
+        every_n_steps: draw every so many optimizer steps; by default at every validation.
+        classes: one row each; by default up to ten, spread over all classes.
+        per_class: samples in a row.
+        seed: of the noise.
+        batch_size: samples drawn at once on each device.
+        vae: folder or name of the VAE that decodes; by default the one named in the store.
+        min_side: enlarge smaller pictures to this many pixels a side, so that they can be looked at.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        classes: list[int] | None = None,
+        per_class: int = 8,
+        seed: int = 0,
+        batch_size: int = 32,
+        vae: str | None = None,
+        min_side: int = 64,
+    ):
+        if every_n_steps is not None and every_n_steps < 1:
+            raise InputError(f"every_n_steps must be positive, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self.classes = classes
+        self.per_class = per_class
+        self.seed = seed
+        self.batch_size = batch_size
+        self.vae = vae
+        self.min_side = min_side
+        self._decode: Decoder | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        num_classes = pl_module.denoiser.num_classes
+        if self.classes is None:
+            rows = min(10, num_classes)
+            self.classes = [i * num_classes // rows for i in range(rows)]
+        if not all(0 <= c < num_classes for c in self.classes):
+            raise InputError(f"the classes of the sample grid must lie in 0..{num_classes - 1}, got {self.classes}")
+        if stage in ("fit", "validate", "predict") and self._decode is None:
+            # Loaded now, so that a VAE that cannot be had stops the run before it starts.
+            self._decode = load_decoder(trainer.datamodule.manifest.vae, self.vae, trainer.strategy.root_device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self.every_n_steps and at_step and trainer.global_step % self.every_n_steps == 0:
+            self.draw(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.every_n_steps is None and not trainer.sanity_checking:
+            self.draw(trainer, pl_module)
+
+    def draw(self, trainer: Trainer, pl_module: LightningModule) -> Path | None:
+        """Draw the grid now; returns its path on rank 0."""
+        labels = torch.tensor(self.classes).repeat_interleave(self.per_class)  # (n,)
+        images = draw_images(trainer, pl_module, labels, self._decode, self.seed, self.batch_size)
+        if not trainer.is_global_zero:
+            return None
+        grid = make_grid(enlarged(images, self.min_side), nrow=self.per_class, padding=2, pad_value=255)
+        path = run_folder(trainer) / "samples" / f"step-{trainer.global_step:08d}.png"
+        save_png(grid, path)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", grid, trainer.global_step)
+        return path
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: dict[str, Tensor],
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        valid = outputs["valid"]
+        images = to_uint8(self._decode(outputs["latents"][valid])).cpu()
+        for index, label, image in zip(outputs["index"][valid], outputs["labels"][valid], images, strict=True):
+            save_png(image, run_folder(trainer) / "predictions" / f"{index:06d}-class-{label}.png")
+
+
+def draw_images(
+    trainer: Trainer, pl_module: LightningModule, labels: Tensor, decode: Decoder, seed: int, batch_size: int
+) -> Tensor:
+    """Draw one image for each of ``labels`` (n,) with the averaged weights: bytes (n, 3 or 1, H, W), on the CPU.
+
+    Every rank draws each world_size-th sample, and all ranks return all of them.
+    """
+    ranks, rank = trainer.world_size, trainer.global_rank
+    per_rank = -(-len(labels) // ranks)
+    # Ranks with nothing left repeat sample 0, so that all gather the same shapes.
+    mine = torch.arange(rank, per_rank * ranks, ranks)
+    mine = torch.where(mine < len(labels), mine, 0)
+    was_training = pl_module.training
+    pl_module.eval()
+    images = []
+    try:
+        with pl_module.averaged(), torch.no_grad(), trainer.precision_plugin.forward_context():
+            for part in mine.split(batch_size):
+                latents = pl_module.sample(labels[part].to(pl_module.device), part.tolist(), seed)
+                images.append(to_uint8(decode(latents)))
+    finally:
+        pl_module.train(was_training)
+    gathered = trainer.strategy.all_gather(torch.cat(images))  # (ranks, per_rank, C, H, W), or without ranks for one
+    gathered = gathered.reshape(ranks, per_rank, *gathered.shape[-3:])
+    return gathered.transpose(0, 1).flatten(0, 1)[: len(labels)].cpu()  # sample i was drawn on rank i % ranks
+
+
+def enlarged(images: Tensor, min_side: int) -> Tensor:
+    """Images (n, C, H, W) repeated pixel by pixel until no side is shorter than ``min_side``."""
+    factor = -(-min_side // min(images.shape[-2:]))
+    size = [factor * side for side in images.shape[-2:]]
+    return resize(images, size, InterpolationMode.NEAREST) if factor > 1 else images
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run keeps its files."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Write bytes (C, H, W) as a PNG that is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    to_pil_image(image).save(temporary, format="PNG")
+    os.replace(temporary, path)
