@@ -1,0 +1,47 @@
+"""Rooms and who may import whom: models, diffusion and data know nothing of each other or of what stands on them."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import ditlit
+
+PACKAGE = Path(ditlit.__file__).parent
+MAY_IMPORT = {
+    "errors": set(),
+    "models": {"errors"},
+    "diffusion": {"errors"},
+    "data": {"errors"},
+    "checkpoints": {"errors", "models", "diffusion"},
+    "training": {"errors", "models", "diffusion", "data", "checkpoints"},
+}
+TOP = {"cli", "__main__", "__init__"}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "ditlit" and len(parts) > 1:
+                yield parts[1]
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_downward(path):
+    if room(path) in TOP:
+        return
+    assert set(imports(path)) <= MAY_IMPORT[room(path)] | {room(path)}
+
+
+def test_lightning_is_known_to_data_and_training_only():
+    for path in (*(PACKAGE / "models").glob("*.py"), *(PACKAGE / "diffusion").glob("*.py")):
+        assert "lightning" not in path.read_text().lower().replace("no lightning", "")

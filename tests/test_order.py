@@ -1,0 +1,75 @@
+"""The order of samples: exact shuffles, the same for any number of ranks, continued where a run stopped."""
+
+from itertools import islice
+
+import pytest
+import torch
+
+from ditlit.data.sampler import EvalOrder, TrainOrder
+from ditlit.errors import InputError
+
+
+def order(num_samples=50, batch=12, ranks=1, rank=0, accumulate=1, seed=0, flip=False, step=0):
+    return TrainOrder(num_samples, batch, ranks, rank, accumulate, seed, flip, lambda: step)
+
+
+def batches(sampler, count):
+    return list(islice(iter(sampler), count))
+
+
+def test_an_epoch_visits_every_sample_at_most_once_and_epochs_differ():
+    indices = torch.cat([index for index, _ in batches(order(48), 8)])
+    first, second = indices.chunk(2)
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(48))
+    assert first.tolist() != second.tolist()
+
+
+def test_the_samples_left_over_differ_between_epochs():
+    indices = torch.cat([index for index, _ in batches(order(50), 40 * 4)]).reshape(40, 48)
+    assert all(len(set(epoch.tolist())) == 48 for epoch in indices)
+    assert len(set(indices.flatten().tolist())) == 50
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), [(2, 1), (1, 3), (4, 3)])
+def test_a_step_sees_the_same_samples_on_any_number_of_ranks(ranks, accumulate):
+    one = batches(order(flip=True), 7)
+    parts = [batches(order(ranks=ranks, rank=r, accumulate=accumulate, flip=True), 7 * accumulate) for r in range(ranks)]
+    for step, (index, flip) in enumerate(one):
+        pieces = [parts[r][step * accumulate + m] for m in range(accumulate) for r in range(ranks)]
+        assert torch.equal(torch.cat([i for i, _ in pieces]), index)
+        assert torch.equal(torch.cat([f for _, f in pieces]), flip)
+    assert len(order(ranks=ranks, accumulate=accumulate)) == 4 * accumulate
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 9])
+def test_continues_after_any_step(step):
+    whole = batches(order(flip=True), 12)
+    rest = batches(order(flip=True, step=step), 12 - step)
+    assert all(torch.equal(a, b) for x, y in zip(whole[step:], rest, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_half_are_flipped():
+    flips = torch.cat([flip for _, flip in batches(order(1000, 100, flip=True), 100)])
+    assert abs(flips.float().mean().item() - 0.5) < 0.02
+    assert not torch.cat([flip for _, flip in batches(order(1000, 100), 100)]).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(ranks=5), "12 does not divide evenly over 5 devices and 1 accumulated batches; choose a multiple of 5"),
+        (dict(batch=64), "global_batch_size 64 exceeds the 50 training samples"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        order(**changes)
+
+
+@pytest.mark.parametrize(("n", "ranks"), [(10, 1), (10, 3), (2, 4), (12, 4)])
+def test_evaluation_visits_every_sample_once_with_equal_work_for_all_ranks(n, ranks):
+    parts = [list(EvalOrder(n, 2, ranks, r)) for r in range(ranks)]
+    assert len({tuple(len(index) for index, _ in part) for part in parts}) == 1
+    assert all(len(part) == len(EvalOrder(n, 2, ranks, 0)) for part in parts)
+    visited = [i for part in parts for index, valid in part for i in index[valid].tolist()]
+    assert sorted(visited) == list(range(n))

@@ -1,0 +1,147 @@
+"""The latent store: round trips, batched reading, and damage of every kind."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from ditlit.data.store import LatentStore, write_store
+from ditlit.errors import InputError
+
+N, C, H, W, K = 23, 2, 4, 6, 5
+
+
+def arrays(dtype=torch.float16, kind="latents", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(N, 2 * C if kind == "moments" else C, H, W, generator=generator).to(dtype)
+    return latents, torch.arange(N) % K
+
+
+@pytest.fixture
+def folder(tmp_path):
+    latents, labels = arrays()
+    write_store(tmp_path / "store", latents, labels, K, shard_size=8)
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["latents", "moments"])
+def test_round_trip(tmp_path, dtype, kind):
+    latents, labels = arrays(dtype, kind)
+    flipped, _ = arrays(dtype, kind, seed=1)
+    about = dict(class_names=list("abcde"), image_size=48, vae={"source": "x"}, shift=[0.1], scale=[0.2, 0.3])
+    store = write_store(tmp_path, latents, labels, K, flipped, kind, shard_size=8, **about)
+    assert [shard.num_samples for shard in store.manifest.shards] == [8, 8, 7]
+    assert store.manifest.shape == (C, H, W) and store.manifest.vae == {"source": "x"}
+    assert store.manifest.scale == [0.2, 0.3] and store.manifest.class_names == list("abcde")
+    index = torch.tensor([22, 0, 8, 7, 15, 16, 0])
+    flip = torch.tensor([True, False, True, False, False, True, True])
+    batch = store.gather(index, flip)
+    expected = torch.where(flip[:, None, None, None], flipped[index], latents[index])
+    assert batch[kind].dtype == dtype and torch.equal(batch[kind], expected)
+    assert torch.equal(batch["labels"], labels[index])
+
+
+def test_flips_of_a_store_without_mirrored_encodings(folder):
+    latents, _ = arrays()
+    batch = LatentStore(folder).gather(torch.tensor([3, 9]), torch.tensor([False, True]))
+    assert torch.equal(batch["latents"], torch.stack([latents[3], latents[9].flip(-1)]))
+
+
+def test_gathered_batches_can_be_changed_without_touching_the_store(folder):
+    store = LatentStore(folder)
+    before = store.gather(torch.arange(N))["latents"].clone()
+    store.gather(torch.arange(N))["latents"].zero_()
+    assert torch.equal(store.gather(torch.arange(N))["latents"], before)
+
+
+def test_writing_is_deterministic_and_leaves_no_temporary_files(folder, tmp_path):
+    latents, labels = arrays()
+    write_store(tmp_path / "again", latents, labels, K, shard_size=8)
+    for file in sorted(os.listdir(folder)):
+        assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    assert sorted(os.listdir(folder)) == ["manifest.json", *(f"shard-{i:05d}.safetensors" for i in range(3))]
+
+
+def test_verification_is_remembered_until_a_file_changes(folder):
+    store = LatentStore(folder)
+    store.verify()
+    shard = folder / "shard-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-200] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(InputError, match=r"shard-00001.safetensors is corrupt: its SHA-256"):
+        LatentStore(folder).verify()
+
+
+def edit_manifest(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def point_outside(folder, name):
+    content = json.loads((folder / "manifest.json").read_text())
+    content["shards"][0]["file"] = name
+    edit_manifest(folder, shards=content["shards"])
+
+
+DAMAGE = {
+    "no folder": (lambda f: f.rename(f.with_name("gone")), "no latent store at .*the folder does not exist"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
+    "unreadable manifest": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is damaged"),
+    "not a manifest": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is damaged"),
+    "another version": (lambda f: edit_manifest(f, version=99), "has format version 99"),
+    "missing fields": (lambda f: edit_manifest(f, shards=[{}]), "manifest.json is damaged"),
+    "no samples": (lambda f: edit_manifest(f, shards=[]), "manifest.json is damaged"),
+    "bad scale": (lambda f: edit_manifest(f, scale=[1, 2, 3]), "manifest.json is damaged"),
+    "parent folder": (lambda f: point_outside(f, "../shard-00000.safetensors"), "leads out of its folder"),
+    "absolute path": (lambda f: point_outside(f, "/etc/passwd"), "leads out of its folder"),
+    "missing shard": (lambda f: (f / "shard-00001.safetensors").unlink(), "shard-00001.safetensors is missing"),
+    "truncated shard": (
+        lambda f: os.truncate(f / "shard-00001.safetensors", 300),
+        r"shard-00001.safetensors has 300 bytes where the manifest says",
+    ),
+    "corrupt header": (
+        lambda f: (f / "shard-00002.safetensors").write_bytes(
+            b"\xff" * (f / "shard-00002.safetensors").stat().st_size
+        ),
+        "shard-00002.safetensors is corrupt: it has no readable header",
+    ),
+    "labels out of range": (lambda f: edit_manifest(f, num_classes=3), r"labels run from 0 to 4.* in 0..2"),
+    "other shape": (lambda f: edit_manifest(f, shape=[C, H, 8]), r"should hold 'latents' of shape \(8, 2, 4, 8\)"),
+    "other kind": (lambda f: edit_manifest(f, kind="moments"), "should hold 'moments'"),
+    "no flips": (lambda f: edit_manifest(f, flipped=True), "should hold 'flipped_latents'"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_found_on_opening(folder, damage):
+    inflict, message = DAMAGE[damage]
+    inflict(folder)
+    with pytest.raises(InputError, match=message):
+        LatentStore(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(labels=torch.full((N,), K)), r"labels run from 5 to 5, but must lie in 0..4"),
+        (dict(labels=torch.full((N,), -1)), "labels run from -1"),
+        (dict(labels=torch.zeros(3)), r"need latents \(n, C, H, W\) and labels \(n,\)"),
+        (dict(latents=torch.full((N, C, H, W), torch.nan)), "latents hold NaN or Inf"),
+        (dict(latents=torch.zeros(N, 3, H, W), kind="moments"), "even number of channels"),
+        (dict(flipped=torch.zeros(N, C, H, 1)), "must have the shape"),
+    ],
+)
+def test_bad_arrays_are_refused_and_nothing_is_written(tmp_path, changes, message):
+    latents, labels = arrays()
+    given = dict(latents=latents, labels=labels, num_classes=K) | changes
+    with pytest.raises(InputError, match=message):
+        write_store(tmp_path / "store", **given)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_is_not_written_over(folder):
+    with pytest.raises(InputError, match="already holds a latent store"):
+        write_store(folder, *arrays(), K)
