@@ -52,9 +52,7 @@ class Loaded(NamedTuple):
 
     denoiser: nn.Module
     process: Any
-    latent_shift: Tensor
-    latent_scale: Tensor
-    latents: dict[str, Any] | None
+    latents: dict[str, Any]
     step: int
 
 
@@ -66,8 +64,8 @@ def load(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> Loaded:
         weights: the moving average, or the weights that the optimizer holds.
 
     Returns:
-        Model and process, the shift and scale (C, 1, 1) of its latents, what the training store says of itself
-        (VAE, class names), and the number of optimizer steps taken.
+        Model and process; what it knows of its latents: ``shift`` and ``scale`` of each channel and, from the store it
+        was trained on, the VAE and class names; and the number of optimizer steps taken.
 
     Raises:
         InputError: when the file is missing, is not such a checkpoint, or has no separate raw weights.
@@ -83,9 +81,7 @@ def load(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> Loaded:
     return Loaded(
         denoiser.eval(),
         build(settings["process"]),
-        state["latent_shift"],
-        state["latent_scale"],
-        checkpoint.get("latents"),
+        checkpoint["latents"],
         checkpoint["global_step"],
     )
 
@@ -98,7 +94,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise InputError(f"there is no checkpoint at {path}") from None
     except Exception as error:
         raise InputError(f"{path} cannot be read as a checkpoint; it may be truncated or foreign: {error}") from error
-    missing = {"state_dict", "hyper_parameters", "global_step"} - set(checkpoint)
+    missing = {"state_dict", "hyper_parameters", "latents", "global_step"} - set(checkpoint)
     if missing:
         raise InputError(f"{path} is not a ditlit training checkpoint: it lacks {', '.join(sorted(missing))}")
     return checkpoint

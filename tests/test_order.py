@@ -33,7 +33,9 @@ def test_the_samples_left_over_differ_between_epochs():
 @pytest.mark.parametrize(("ranks", "accumulate"), [(2, 1), (1, 3), (4, 3)])
 def test_a_step_sees_the_same_samples_on_any_number_of_ranks(ranks, accumulate):
     one = batches(order(flip=True), 7)
-    parts = [batches(order(ranks=ranks, rank=r, accumulate=accumulate, flip=True), 7 * accumulate) for r in range(ranks)]
+    parts = [
+        batches(order(ranks=ranks, rank=r, accumulate=accumulate, flip=True), 7 * accumulate) for r in range(ranks)
+    ]
     for step, (index, flip) in enumerate(one):
         pieces = [parts[r][step * accumulate + m] for m in range(accumulate) for r in range(ranks)]
         assert torch.equal(torch.cat([i for i, _ in pieces]), index)

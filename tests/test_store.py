@@ -103,9 +103,7 @@ DAMAGE = {
         r"shard-00001.safetensors has 300 bytes where the manifest says",
     ),
     "corrupt header": (
-        lambda f: (f / "shard-00002.safetensors").write_bytes(
-            b"\xff" * (f / "shard-00002.safetensors").stat().st_size
-        ),
+        lambda f: (f / "shard-00002.safetensors").write_bytes(b"\xff" * (f / "shard-00002.safetensors").stat().st_size),
         "shard-00002.safetensors is corrupt: it has no readable header",
     ),
     "labels out of range": (lambda f: edit_manifest(f, num_classes=3), r"labels run from 0 to 4.* in 0..2"),

@@ -102,8 +102,15 @@ def randn_like(x: Tensor, generator: Generators) -> Tensor:
     if generator is None:
         return torch.randn_like(x)
     if isinstance(generator, torch.Generator):
-        return torch.randn(x.shape, generator=generator, device=generator.device).to(x)
-    return torch.stack([torch.randn(x.shape[1:], generator=g, device=g.device) for g in generator]).to(x)
+        return torch.randn(x.shape, generator=generator, device=generator.device, dtype=torch.float32).to(x)
+    return normal(x.shape[1:], generator).to(x)
+
+
+def normal(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Float32 normal noise (N, *shape), each row from its own generator."""
+    return torch.stack(
+        [torch.randn(tuple(shape), generator=g, device=g.device, dtype=torch.float32) for g in generators]
+    )
 
 
 def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
@@ -168,7 +175,7 @@ class Sampling:
         All noise of a sample comes from (seed, its index), so it does not depend on batch size, devices or restarts.
         """
         generators = sample_generators(seed, indices)
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(y.device)
+        noise = normal(shape, generators).to(y.device)
         guided = Guided(model, self.guidance_scale, null_label, self.guidance_channels, self.guidance_interval)
         timesteps = process.timesteps(self.num_steps, self.spacing)
         if self.sampler == "ddpm":

@@ -122,7 +122,8 @@ class DiT(nn.Module):
         if x_t.shape[1:] != (self.in_channels, *self.input_size):
             expected = (self.in_channels, *self.input_size)
             raise InputError(f"this DiT is built for latents of shape {expected}, got {tuple(x_t.shape[1:])}")
-        x = self.patch_embed(patchify(x_t, self.patch_size)) + self.pos_embed  # (N, T, D)
+        x = patchify(x_t, self.patch_size).to(self.patch_embed.weight.dtype)  # (N, T, C*p*p)
+        x = self.patch_embed(x) + self.pos_embed  # (N, T, D)
         c = F.silu(self.time_embed(t) + self.label_embed(y))  # (N, D)
         for block in self.blocks:
             if self.use_checkpoint and torch.is_grad_enabled():

@@ -61,5 +61,5 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.features, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        sin, cos = sinusoid(t.float(), self.features)
-        return self.mlp(torch.cat([cos, sin], dim=1))  # (N, D)
+        sin, cos = sinusoid(t.float(), self.features)  # in float32: t up to 999 has no room in 16 bits
+        return self.mlp(torch.cat([cos, sin], dim=1).to(self.mlp[0].weight.dtype))  # (N, D)

@@ -30,11 +30,11 @@ class StepDraws:
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers (N, *shape)."""
-        return torch.randn(self.n, *shape, generator=self.generator, device=self.device)[self.rows]
+        return torch.randn(self.n, *shape, generator=self.generator, device=self.device, dtype=torch.float32)[self.rows]
 
     def uniform(self) -> Tensor:
         """Uniform numbers (N,) in [0, 1)."""
-        return torch.rand(self.n, generator=self.generator, device=self.device)[self.rows]
+        return torch.rand(self.n, generator=self.generator, device=self.device, dtype=torch.float32)[self.rows]
 
     def timesteps(self, sample_timesteps: Callable[..., Tensor]) -> Tensor:
         """Timesteps (N,) as the process distributes them."""

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from ditlit.checkpoints import describe
 from ditlit.data.store import per_channel
 from ditlit.diffusion import GaussianDiffusion, Sampling
-from ditlit.diffusion.sampling import StepCallback, mix, sample_generators
+from ditlit.diffusion.sampling import StepCallback, mix, normal, sample_generators
 from ditlit.errors import InputError
 from ditlit.training.draws import StepDraws
 from ditlit.training.ema import EMA
@@ -63,9 +63,9 @@ class DiTModule(LightningModule):
         self.sampling = sampling
         self.seed = seed
         self.grad_norm: Tensor | None = None  # of the latest optimizer step, before clipping
-        # x0 = (latent - shift) * scale; filled from the store, and kept in checkpoints for sampling without it.
-        self.register_buffer("latent_shift", torch.zeros(denoiser.in_channels, 1, 1))
-        self.register_buffer("latent_scale", torch.ones(denoiser.in_channels, 1, 1))
+        # x0 = (latent - shift) * scale, from the store. No buffers, which 16-bit training would round.
+        self.latent_shift = torch.zeros(denoiser.in_channels, 1, 1)
+        self.latent_scale = torch.ones(denoiser.in_channels, 1, 1)
         self.val_terms = nn.ModuleDict({name: MeanMetric() for name in ("loss", "mse", "vlb")})
 
     # Setting up --------------------------------------------------------------------------------------------------
@@ -94,8 +94,9 @@ class DiTModule(LightningModule):
                 f"the store {self.trainer.datamodule.store} has {manifest.num_classes} classes, but the denoiser is "
                 f"built for {self.denoiser.num_classes}; set --model.denoiser.num_classes {manifest.num_classes}"
             )
-        self.latent_shift.copy_(per_channel(manifest.shift, manifest.shape[0]))
-        self.latent_scale.copy_(per_channel(manifest.scale, manifest.shape[0]))
+        device = self.trainer.strategy.root_device
+        self.latent_shift = per_channel(manifest.shift, manifest.shape[0]).to(device)
+        self.latent_scale = per_channel(manifest.scale, manifest.shape[0]).to(device)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.denoiser.parameters() if p.requires_grad])
@@ -174,12 +175,12 @@ class DiTModule(LightningModule):
         index = batch["index"].tolist()
         generators = sample_generators(VALIDATION_SEED, index)
 
-        def normal(*shape: int) -> Tensor:
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+        def draw(*shape: int) -> Tensor:
+            return normal(shape, generators).to(self.device)
 
         t = [int(i * GOLDEN_RATIO % 1 * self.process.num_timesteps) for i in index]
-        noise = normal(*self.latent_shape)  # (N, C, H, W)
-        x0 = self.scaled(batch, normal)  # (N, C, H, W)
+        noise = draw(*self.latent_shape)  # (N, C, H, W)
+        x0 = self.scaled(batch, draw)  # (N, C, H, W)
         t = torch.tensor(t, device=self.device)  # (N,)
         terms = self.process.loss(self.denoiser, x0, batch["labels"], t=t, noise=noise)
         for name, values in terms.items():
@@ -219,21 +220,26 @@ class DiTModule(LightningModule):
             "label_dropout": self.label_dropout,
             "seed": self.seed,
         }
+        checkpoint["latents"] = self._latents()
         manifest = getattr(self.trainer.datamodule, "manifest", None)
         if manifest is not None:
             names = ("kind", "image_size", "preprocessing", "vae", "class_names")
-            checkpoint["latents"] = {name: getattr(manifest, name) for name in names}
+            checkpoint["latents"] |= {name: getattr(manifest, name) for name in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["state_dict"]
-        has_store = self._trainer is not None and getattr(self.trainer.datamodule, "manifest", None) is not None
-        for name in ("latent_shift", "latent_scale"):
-            if has_store and not torch.equal(state[name], getattr(self, name).cpu()):
-                raise InputError(
-                    f"the checkpoint was trained with {name} {state[name].flatten().tolist()}, but the store "
-                    f"{self.trainer.datamodule.store} says {getattr(self, name).flatten().tolist()}; use latents of "
-                    "the same VAE and normalisation"
-                )
+        trained_on = {name: checkpoint["latents"][name] for name in ("shift", "scale")}
+        if self._trainer is None or getattr(self.trainer.datamodule, "manifest", None) is None:
+            self.latent_shift, self.latent_scale = (
+                per_channel(values, self.denoiser.in_channels).to(self.device) for values in trained_on.values()
+            )
+        elif trained_on != self._latents():
+            raise InputError(
+                f"the checkpoint was trained on latents with {trained_on}, but the store "
+                f"{self.trainer.datamodule.store} has {self._latents()}; use latents of the same VAE and normalisation"
+            )
+
+    def _latents(self) -> dict[str, list[float]]:
+        return {"shift": self.latent_shift.flatten().tolist(), "scale": self.latent_scale.flatten().tolist()}
 
 
 def prefer_fused(optimizer: torch.optim.Optimizer) -> None:

@@ -1,0 +1,77 @@
+"""A small latent store and a module small enough to train in a test."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from ditlit.data import LatentDataModule, write_store
+from ditlit.diffusion import GaussianDiffusion, Sampling
+from ditlit.models import DiT
+from ditlit.training import EMA, DiTModule
+
+N, SHAPE, K = 40, (3, 8, 8), 5
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Lightning's hints about hardware and workers are not what is tested."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """Moments of 40 samples in 5 classes, shifted and scaled, in three shards."""
+    folder = tmp_path_factory.mktemp("data") / "store"
+    generator = torch.Generator().manual_seed(0)
+    mean, std = torch.randn(N, *SHAPE, generator=generator), torch.rand(N, *SHAPE, generator=generator)
+    write_store(folder, torch.cat([mean, std], 1).half(), torch.arange(N) % K, K,
+                kind="moments", shard_size=16, shift=[0.5], scale=[0.3, 0.4, 0.5])  # fmt: skip
+    return str(folder)
+
+
+@pytest.fixture
+def datamodule(store):
+    return LatentDataModule(store, val_size=10, global_batch_size=8, val_batch_size=4)
+
+
+@pytest.fixture
+def make_module():
+    def make(seed=0, decay=0.9, warmup=False, **changes) -> DiTModule:
+        torch.manual_seed(0)
+        sizes = dict(input_size=8, in_channels=3, num_classes=K, patch_size=4, hidden_size=16, depth=2, num_heads=2)
+        settings = dict(
+            denoiser=DiT(**sizes),
+            process=GaussianDiffusion(),
+            optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
+            ema=EMA(decay, warmup),
+            sampling=Sampling(num_steps=3),
+            seed=seed,
+        )
+        return DiTModule(**(settings | changes))
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    def make(**changes) -> Trainer:
+        settings = dict(
+            default_root_dir=tmp_path,
+            accelerator="cpu",
+            devices=1,
+            max_steps=4,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            check_val_every_n_epoch=None,
+            val_check_interval=1000,
+        )
+        return Trainer(**(settings | changes))
+
+    return make
