@@ -107,6 +107,12 @@ def describe(instance: Any) -> dict[str, Any]:
 
 
 def build(description: dict[str, Any]) -> Any:
-    """The inverse of :func:`describe`."""
+    """The inverse of :func:`describe`, for classes of this package: a checkpoint must not choose what code to run.
+
+    Raises:
+        InputError: for any other class.
+    """
     module, _, name = description["class_path"].rpartition(".")
+    if module.split(".")[0] != "ditlit":
+        raise InputError(f"the checkpoint names {description['class_path']}, which is no class of ditlit")
     return getattr(import_module(module), name)(**description["init_args"])

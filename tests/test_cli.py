@@ -1,0 +1,158 @@
+"""The command line: every shipped configuration and every command of the README."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ditlit.cli import DitlitCLI, find_config, with_found_configs
+from ditlit.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def cli(monkeypatch, tmp_path):
+    """Parses and builds, on the meta device, without running."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DitlitCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.setattr(sys, "argv", ["ditlit"])
+
+    def run(*args):
+        with torch.device("meta"):
+            return DitlitCLI(list(args))
+
+    return run
+
+
+def ditlit(*args, cwd):
+    return subprocess.run([sys.executable, "-m", "ditlit", *args], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.name)
+def test_every_configuration_builds(cli, config):
+    built = cli("fit", "--config", config.name, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
+    header = config.read_text().split("\n\n")[0]
+    assert all(word in header for word in ("Reproduces", "Command", "Hardware", "Expect"))
+    name = config.stem
+    if name in ("s2", "b2", "l2", "xl2"):
+        assert built.model.denoiser.config["variant"] == f"DiT-{name[:-1].upper()}/2"
+        optimizer = built.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, (0.9, 0.999), 0.0)
+        assert built.model.ema.decay == 0.9999 and not built.model.ema.warmup
+        assert built.model.label_dropout == 0.1 and built.trainer.gradient_clip_val is None
+        assert built.datamodule.global_batch_size == 256 and built.datamodule.flip
+        assert yaml.safe_load(config.read_text())["trainer"]["precision"] == "bf16-mixed"
+
+
+def test_seed_reaches_module_and_data(cli):
+    built = cli("fit", "--config", "digits.yaml", "--seed_everything", "7")
+    assert built.model.seed == built.datamodule.seed == 7
+
+
+def test_settings_can_be_changed_one_by_one(cli):
+    built = cli(
+        "fit", "--config", "s2.yaml", "--model.denoiser.num_classes", "10", "--model.ema.decay", "0.99",
+        "--model.sampling.guidance_interval", "[100,800]", "--data.global_batch_size", "64",
+        "--model.denoiser.input_size", "[16,32]", "--trainer.accelerator", "cpu",
+    )  # fmt: skip
+    assert built.model.denoiser.num_classes == 10 and built.model.denoiser.input_size == (16, 32)
+    assert built.model.ema.decay == 0.99 and built.datamodule.global_batch_size == 64
+    assert tuple(built.model.sampling.guidance_interval) == (100, 800)
+
+
+def test_everything_of_a_run_goes_to_its_folder(cli):
+    built = cli("fit", "--config", "digits.yaml", "--trainer.default_root_dir", "runs/mine")
+    assert built.trainer.log_dir == "runs/mine"
+
+
+def test_configurations_are_found_as_given_or_shipped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("xl2.yaml") == str(ROOT / "configs" / "xl2.yaml")
+    Path("xl2.yaml").write_text("trainer: {}")
+    assert find_config("xl2.yaml") == "xl2.yaml"
+    assert with_found_configs(["fit", "-c", "s2.yaml", "--config=b2.yaml"])[2:] == [
+        str(ROOT / "configs" / "s2.yaml"), f"--config={ROOT / 'configs' / 'b2.yaml'}",
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=r"no configuration 'xl3.yaml'.* xl2.yaml"):
+        find_config("xl3.yaml")
+
+
+def test_the_checkpoint_does_not_override_the_configuration(cli, make_module, make_trainer, datamodule, tmp_path):
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(make_module(), datamodule)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    path = str(tmp_path / "x.ckpt")
+    built = cli("fit", "--config", "digits.yaml", "--ckpt_path", path, "--model.label_dropout", "0.3")
+    assert built.model.label_dropout == 0.3 and built.model.denoiser.num_classes == 10
+
+
+def test_print_config(tmp_path):
+    result = ditlit("fit", "--config", "xl2.yaml", "--print_config", cwd=tmp_path)
+    assert result.returncode == 0
+    printed = yaml.safe_load(result.stdout)
+    assert printed["model"]["denoiser"]["init_args"]["variant"] == "DiT-XL/2"
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
+    result = ditlit("fit", "--config", "s2.yaml", "--data.store", "nowhere", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "ditlit: error: there is no latent store at nowhere" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_is_not_written_over(tmp_path):
+    (tmp_path / "runs/digits/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/digits/checkpoints/last.ckpt").write_bytes(b"precious")
+    result = ditlit("fit", "--config", "digits.yaml", cwd=tmp_path)
+    assert result.returncode == 2 and "holds a run already. Continue it with --ckpt_path last" in result.stderr
+    assert (tmp_path / "runs/digits/checkpoints/last.ckpt").read_bytes() == b"precious"
+
+
+def test_fit_then_validate_and_predict(tmp_path):
+    """The quickstart's path, shortened: the commands hand over to each other through the run's folder."""
+    config = yaml.safe_load((ROOT / "configs" / "digits.yaml").read_text())
+    config["trainer"] |= dict(max_steps=4, val_check_interval=2)
+    config["trainer"]["callbacks"][-1]["init_args"]["every_n_train_steps"] = 2
+    config["model"]["sampling"]["num_steps"] = 2
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
+    fit = ditlit("fit", "--config", "short.yaml", cwd=tmp_path)
+    assert fit.returncode == 0, fit.stderr
+    assert "drawn digits are read as their label" in fit.stdout
+    run = tmp_path / "runs" / "digits"
+    assert f"Look at them: {Path('runs/digits/samples/step-00000004.png')}" in fit.stdout
+    assert (run / "samples" / "step-00000004.png").is_file()
+    again = ["--config", "runs/digits/config.yaml", "--ckpt_path", "runs/digits/checkpoints/last.ckpt"]
+    validate = ditlit("validate", *again, cwd=tmp_path)
+    assert validate.returncode == 0 and "val/loss" in validate.stdout, validate.stderr
+    predict = ditlit("predict", *again, "--data.predict_samples", "12", cwd=tmp_path)
+    assert predict.returncode == 0, predict.stderr
+    assert len(list((run / "predictions").iterdir())) == 12
+
+
+def readme_commands():
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    for block in blocks:
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in line.split("&&"):
+                words = shlex.split(command, comments=True)
+                if words[:3] == ["python", "-m", "ditlit"]:
+                    yield words[3:]
+                elif words[:1] == ["ditlit"]:
+                    yield words[1:]
+
+
+@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+def test_readme_commands_parse(cli, words, monkeypatch):
+    run_config = "runs/digits/config.yaml"
+    if run_config in words:
+        words = ["digits.yaml" if word == run_config else word for word in words]
+    cli(*words, "--trainer.accelerator", "cpu")

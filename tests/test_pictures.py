@@ -1,0 +1,164 @@
+"""Pictures: the fixed grid, its independence of the run, decoding, and prediction."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ditlit.data import DigitsDataModule, LatentDataModule, write_store
+from ditlit.data.vae import load_decoder, to_uint8, weights_hash
+from ditlit.errors import InputError
+from ditlit.models import DiT
+from ditlit.training import SampleGrid
+
+
+@pytest.fixture
+def pixels(tmp_path):
+    """A datamodule of 3-channel pixels."""
+    images = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    write_store(tmp_path / "pixels", images, torch.arange(40) % 5, 5)
+    return LatentDataModule(str(tmp_path / "pixels"), val_size=10, global_batch_size=8, predict_samples=7)
+
+
+def grid(path):
+    return np.asarray(Image.open(path))
+
+
+def test_rounding_to_bytes_is_unbiased():
+    values = torch.arange(256)
+    assert torch.equal(to_uint8(values / 127.5 - 1), values.to(torch.uint8))
+    assert to_uint8(torch.tensor([-1.2, 1.2])).tolist() == [0, 255]
+    x = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 1.9 - 0.95
+    assert abs((to_uint8(x) / 127.5 - 1 - x).mean().item()) < 0.002  # truncating 255x would give -0.004
+
+
+def test_a_grid_at_every_validation(make_module, make_trainer, pixels, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    make_trainer(
+        callbacks=[SampleGrid(classes=[0, 3], per_class=4, min_side=16)], val_check_interval=2, logger=logger
+    ).fit(make_module(), pixels)
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [f.name for f in files] == ["step-00000002.png", "step-00000004.png"]
+    assert grid(files[0]).shape == (2 * 18 + 2, 4 * 18 + 2, 3)  # 2 rows of 4 doubled 8x8 pictures in frames of 2
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [image.step for image in events.Images("samples")] == [2, 4]
+
+
+def test_the_grid_is_drawn_from_the_average_with_fixed_noise(make_module, make_trainer, pixels, tmp_path):
+    module = make_module()
+    make_trainer(callbacks=[SampleGrid(every_n_steps=4, per_class=2, min_side=8, batch_size=3)]).fit(module, pixels)
+    picture = grid(tmp_path / "samples" / "step-00000004.png")
+    # After training the module holds the average; the third row is class 2, samples 4 and 5.
+    module.eval()
+    with torch.no_grad():
+        expected = to_uint8(module.sample(torch.tensor([2, 2]), [4, 5], seed=0).clamp(-1, 1))
+    for column in range(2):
+        cell = picture[2 + 2 * 10 : 10 + 2 * 10, 2 + column * 10 : 10 + column * 10]
+        assert np.abs(cell.astype(int) - expected[column].permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_drawing_does_not_disturb_training(make_module, make_trainer, pixels):
+    modules = []
+    for callbacks in ([], [SampleGrid(every_n_steps=1, per_class=1)]):
+        module = make_module(ema=None, denoiser=DiT(input_size=8, in_channels=3, num_classes=5, patch_size=4,
+                                                    hidden_size=16, depth=1, num_heads=2, dropout=0.2))  # fmt: skip
+        with torch.no_grad():
+            for p in module.denoiser.parameters():
+                torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
+        make_trainer(callbacks=callbacks).fit(module, pixels)
+        assert module.training
+        modules.append(module)
+    for a, b in zip(*(m.denoiser.parameters() for m in modules), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_two_processes_draw_the_grid_of_one(make_module, make_trainer, pixels, tmp_path):
+    grids = []
+    for devices in (1, 2):
+        root = tmp_path / str(devices)
+        strategy = "ddp_spawn" if devices == 2 else "auto"
+        module = make_module(optimizer=sgd)
+        make_trainer(
+            default_root_dir=root, devices=devices, strategy=strategy, max_steps=2,
+            callbacks=[SampleGrid(every_n_steps=2, per_class=1)],
+        ).fit(module, pixels)  # fmt: skip
+        grids.append(grid(root / "samples" / "step-00000002.png").astype(int))
+    assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=1e-2)
+
+
+def test_prediction_writes_one_file_a_sample(make_module, make_trainer, pixels, tmp_path):
+    make_trainer(callbacks=[SampleGrid()]).predict(make_module(), pixels)
+    names = sorted(f.name for f in (tmp_path / "predictions").iterdir())
+    assert names == [f"{i:06d}-class-{i % 5}.png" for i in range(7)]
+    assert grid(tmp_path / "predictions" / names[0]).shape == (8, 8, 3)
+
+
+@pytest.fixture
+def vae(tmp_path):
+    torch.manual_seed(0)
+    blocks = dict(encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4),
+                  num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))  # fmt: skip
+    model = AutoencoderTiny(latent_channels=3, **blocks)
+    model.save_pretrained(tmp_path / "vae")
+    return model, str(tmp_path / "vae")
+
+
+def test_latents_are_decoded_by_the_vae_of_the_store(make_module, make_trainer, vae, tmp_path):
+    model, folder = vae
+    about = {"class": "AutoencoderTiny", "source": folder, "hash": weights_hash(model)}
+    latents = torch.randn(16, 3, 8, 8)
+    write_store(tmp_path / "s", latents, torch.arange(16) % 5, 5, vae=about)
+    decode = load_decoder(about, None, torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(decode(latents), model.decode(latents).sample.clamp(-1, 1))
+    make_trainer(callbacks=[SampleGrid(every_n_steps=4, per_class=1, min_side=8)]).fit(
+        make_module(), LatentDataModule(str(tmp_path / "s"), global_batch_size=8)
+    )
+    assert grid(tmp_path / "samples" / "step-00000004.png").shape == (5 * 18 + 2, 20, 3)  # 16x16 pictures
+
+
+def test_a_wrong_or_missing_vae_stops_the_run_before_it_starts(make_module, make_trainer, vae, tmp_path):
+    _, folder = vae
+    about = {"class": "AutoencoderTiny", "source": str(tmp_path / "nowhere"), "hash": "0" * 64}
+    write_store(tmp_path / "s", torch.randn(16, 3, 8, 8), torch.arange(16) % 5, 5, vae=about)
+    datamodule = LatentDataModule(str(tmp_path / "s"), global_batch_size=8)
+    with pytest.raises(InputError, match="cannot load the VAE '.*nowhere'"):
+        make_trainer(callbacks=[SampleGrid()]).fit(make_module(), datamodule)
+    with pytest.raises(InputError, match="is not the one that encoded this store"):
+        make_trainer(callbacks=[SampleGrid(vae=folder)]).fit(make_module(), datamodule)
+
+
+def test_pixels_need_no_vae(make_module, make_trainer, pixels):
+    with pytest.raises(InputError, match="latents of this store are pixels"):
+        make_trainer(callbacks=[SampleGrid(vae="some/vae")]).fit(make_module(), pixels)
+
+
+def test_classes_out_of_range_are_refused(make_module, make_trainer, pixels):
+    with pytest.raises(InputError, match=r"must lie in 0..4, got \[5\]"):
+        make_trainer(callbacks=[SampleGrid(classes=[5])]).fit(make_module(), pixels)
+
+
+def test_digits_are_written_once_and_judged_by_real_ones(tmp_path):
+    from ditlit.data.digits import DigitJudge, load_digits
+
+    datamodule = DigitsDataModule(str(tmp_path))
+    datamodule.prepare_data()
+    written = (tmp_path / "train" / "shard-00000.safetensors").stat().st_mtime_ns
+    datamodule.prepare_data()
+    assert (tmp_path / "train" / "shard-00000.safetensors").stat().st_mtime_ns == written
+    datamodule.setup()
+    assert (len(datamodule._train), len(datamodule._val)) == (1437, 360)
+    batch = datamodule._val[torch.arange(360), torch.ones(360, dtype=torch.bool)]
+    images, labels = load_digits()
+    assert torch.equal(batch["latents"].float(), images[:360]) and torch.equal(batch["labels"], labels[:360])
+    judge = DigitJudge()
+    assert judge.real_accuracy > 0.97
+    assert judge.accuracy(images[:360], (labels[:360] + 1) % 10) < 0.02
