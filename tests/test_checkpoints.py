@@ -72,7 +72,7 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
     with pytest.raises(InputError):
         checkpoints.load(tmp_path / "evil.ckpt")
     assert not (tmp_path / "owned").exists()
-    with pytest.raises(InputError, match="names os.system, which is no class of ditlit"):
+    with pytest.raises(InputError, match=r"names os.system, which is no class of ditlit"):
         checkpoints.build({"class_path": "os.system", "init_args": {"command": "true"}})
 
 
@@ -83,7 +83,7 @@ def test_released_names_map_one_to_one():
         "x_embedder.proj.bias": torch.zeros(16),
         "pos_embed": torch.zeros(1, 16, 16),
     }
-    with pytest.raises(InputError, match="'head.weight' is not a key of the released DiT weights"):
+    with pytest.raises(InputError, match=r"'head.weight' is not a key of the released DiT weights"):
         checkpoints.from_released(released | {"head.weight": torch.zeros(1)})
     ours = checkpoints.from_released(released)
     assert ours["patch_embed.weight"].shape == model.patch_embed.weight.shape and "pos_embed" not in ours

@@ -70,7 +70,7 @@ def test_settings_can_be_changed_one_by_one(cli):
 
 def test_everything_of_a_run_goes_to_its_folder(cli):
     built = cli("fit", "--config", "digits.yaml", "--trainer.default_root_dir", "runs/mine")
-    assert built.trainer.log_dir == "runs/mine"
+    assert Path(built.trainer.log_dir) == Path("runs/mine")
 
 
 def test_configurations_are_found_as_given_or_shipped(tmp_path, monkeypatch):

@@ -82,10 +82,11 @@ def test_two_processes_draw_the_grid_of_one(make_module, make_trainer, pixels, t
         root = tmp_path / str(devices)
         strategy = "ddp_spawn" if devices == 2 else "auto"
         module = make_module(optimizer=sgd)
+        datamodule = LatentDataModule(pixels.store, global_batch_size=8)
         make_trainer(
             default_root_dir=root, devices=devices, strategy=strategy, max_steps=2,
             callbacks=[SampleGrid(every_n_steps=2, per_class=1)],
-        ).fit(module, pixels)  # fmt: skip
+        ).fit(module, datamodule)  # fmt: skip
         grids.append(grid(root / "samples" / "step-00000002.png").astype(int))
     assert np.abs(grids[0] - grids[1]).max() <= 1
 
@@ -130,7 +131,7 @@ def test_a_wrong_or_missing_vae_stops_the_run_before_it_starts(make_module, make
     about = {"class": "AutoencoderTiny", "source": str(tmp_path / "nowhere"), "hash": "0" * 64}
     write_store(tmp_path / "s", torch.randn(16, 3, 8, 8), torch.arange(16) % 5, 5, vae=about)
     datamodule = LatentDataModule(str(tmp_path / "s"), global_batch_size=8)
-    with pytest.raises(InputError, match="cannot load the VAE '.*nowhere'"):
+    with pytest.raises(InputError, match=r"cannot load the VAE '.*nowhere'"):
         make_trainer(callbacks=[SampleGrid()]).fit(make_module(), datamodule)
     with pytest.raises(InputError, match="is not the one that encoded this store"):
         make_trainer(callbacks=[SampleGrid(vae=folder)]).fit(make_module(), datamodule)

@@ -212,7 +212,7 @@ def test_a_corrupt_shard_stops_the_run_before_it_starts(make_module, make_traine
     data[-1000] ^= 1
     shard.write_bytes(data)
     spy = Terms()
-    with pytest.raises(InputError, match="shard-00000.* is corrupt"):
+    with pytest.raises(InputError, match=r"shard-00000.* is corrupt"):
         make_trainer(callbacks=[spy]).fit(make_module(), LatentDataModule(str(tmp_path / "s"), global_batch_size=8))
     assert not spy.steps
 

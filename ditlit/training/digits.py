@@ -1,13 +1,11 @@
 """The quickstart's verdict: can a machine read the digits that were drawn?"""
 
-from pathlib import Path
-
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ditlit.data.digits import DigitJudge
 from ditlit.data.vae import load_decoder
-from ditlit.training.pictures import SampleGrid, draw_images, run_folder
+from ditlit.training.pictures import draw_images, run_folder
 
 
 class DigitsReport(Callback):
@@ -29,17 +27,17 @@ class DigitsReport(Callback):
         labels = torch.arange(self.num_samples) % 10
         decode = load_decoder(None, None, pl_module.device)
         images = draw_images(trainer, pl_module, labels, decode, self.seed, self.batch_size)
+        folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return
         judge = DigitJudge()
         accuracy = judge.accuracy(images.float() / 127.5 - 1, labels)
         for logger in trainer.loggers:
             logger.log_metrics({"digits/accuracy": accuracy}, step=trainer.global_step)
-        grids = [callback for callback in trainer.callbacks if isinstance(callback, SampleGrid)]
         print(
             f"\n{accuracy:.1%} of {self.num_samples} drawn digits are read as their label by an SVM trained on real "
             f"digits\n(real digits it has not seen: {judge.real_accuracy:.1%})."
         )
-        pictures = sorted((run_folder(trainer) / "samples").glob("step-*.png")) if grids else []
+        pictures = sorted((folder / "samples").glob("step-*.png"))
         if pictures:
-            print(f"Look at them: {Path(pictures[-1])}")
+            print(f"Look at them: {pictures[-1]}")

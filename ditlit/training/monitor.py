@@ -44,7 +44,7 @@ class TrainingMonitor(Callback):
         self._paused_at = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._started += time.perf_counter() - self._paused_at  # throughput is that of training
 
     def _start_window(self) -> None:

@@ -53,6 +53,7 @@ class SampleGrid(Callback):
         self._decode: Decoder | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._folder = run_folder(trainer)
         num_classes = pl_module.denoiser.num_classes
         if self.classes is None:
             rows = min(10, num_classes)
@@ -81,7 +82,7 @@ class SampleGrid(Callback):
         if not trainer.is_global_zero:
             return None
         grid = make_grid(enlarged(images, self.min_side), nrow=self.per_class, padding=2, pad_value=255)
-        path = run_folder(trainer) / "samples" / f"step-{trainer.global_step:08d}.png"
+        path = self._folder / "samples" / f"step-{trainer.global_step:08d}.png"
         save_png(grid, path)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -100,7 +101,7 @@ class SampleGrid(Callback):
         valid = outputs["valid"]
         images = to_uint8(self._decode(outputs["latents"][valid])).cpu()
         for index, label, image in zip(outputs["index"][valid], outputs["labels"][valid], images, strict=True):
-            save_png(image, run_folder(trainer) / "predictions" / f"{index:06d}-class-{label}.png")
+            save_png(image, self._folder / "predictions" / f"{index:06d}-class-{label}.png")
 
 
 def draw_images(
@@ -138,7 +139,7 @@ def enlarged(images: Tensor, min_side: int) -> Tensor:
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Where a run keeps its files."""
+    """Where a run keeps its files. The ranks agree on it: all of them must ask."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
