@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from jsonargparse import Namespace
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ditlit.data import LatentDataModule
@@ -53,6 +54,23 @@ def with_found_configs(args: list[str]) -> list[str]:
     return args
 
 
+class SaveFitConfig(SaveConfigCallback):
+    """Keeps the configuration of ``fit`` as config.yaml in the run's folder, in a form that every command takes.
+
+    Other commands on the run leave it as it is, and what belongs to one command only is not in it.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs):
+        config = config.clone()
+        for name in ("ckpt_path", "weights_only"):
+            config.pop(name, None)
+        super().__init__(parser, config, **kwargs)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
 class DitlitCLI(LightningCLI):
     """Lightning's command line for :class:`DiTModule` and any :class:`LatentDataModule`."""
 
@@ -64,6 +82,7 @@ class DitlitCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={name: {"description": " ".join(text.split())} for name, text in DESCRIPTIONS.items()},
             args=args,

@@ -136,6 +136,9 @@ def test_fit_then_validate_and_predict(tmp_path):
     predict = ditlit("predict", *again, "--data.predict_samples", "12", cwd=tmp_path)
     assert predict.returncode == 0, predict.stderr
     assert len(list((run / "predictions").iterdir())) == 12
+    kept = yaml.safe_load((run / "config.yaml").read_text())
+    assert "ckpt_path" not in kept and kept["trainer"]["max_steps"] == 4
+    assert kept["data"]["init_args"]["predict_samples"] == 100  # of the training, not of the prediction
 
 
 def readme_commands():
