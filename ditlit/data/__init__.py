@@ -2,6 +2,7 @@
 
 from ditlit.data.datamodule import LatentDataModule
 from ditlit.data.digits import DigitsDataModule
-from ditlit.data.store import LatentStore, Manifest, write_store
+from ditlit.data.manifest import Manifest
+from ditlit.data.store import LatentStore, write_store
 
 __all__ = ["DigitsDataModule", "LatentDataModule", "LatentStore", "Manifest", "write_store"]

@@ -8,8 +8,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ditlit.data.manifest import Manifest
 from ditlit.data.sampler import EvalOrder, TrainOrder
-from ditlit.data.store import LatentStore, Manifest
+from ditlit.data.store import LatentStore
 from ditlit.errors import InputError
 
 

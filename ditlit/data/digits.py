@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ditlit.data.datamodule import LatentDataModule
-from ditlit.data.store import MANIFEST, write_store
+from ditlit.data.manifest import MANIFEST
+from ditlit.data.store import write_store
 from ditlit.errors import InputError
 
 NUM_VAL = 360

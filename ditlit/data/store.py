@@ -17,7 +17,6 @@ import mmap
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,64 +26,13 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from ditlit.data.manifest import MANIFEST, Manifest, Shard, read_manifest, write_atomically, write_manifest
 from ditlit.errors import InputError
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 VERIFIED = ".verified.json"
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
 # numpy has no bfloat16, and a gather only moves bytes.
 GATHER_DTYPES = {2: np.uint16, 4: np.uint32, 8: np.int64}
-
-
-@dataclass
-class Shard:
-    """One shard file: its name in the store's folder, its samples, size in bytes and checksum."""
-
-    file: str
-    num_samples: int
-    num_bytes: int
-    sha256: str
-
-
-@dataclass
-class Manifest:
-    """What a store says of itself.
-
-    Args:
-        kind: ``moments`` of a VAE's posterior, or ``latents`` (also pixels).
-        shape: (C, H, W) of the latents.
-        num_classes: number K of classes; labels run from 0 to K-1.
-        shards: the files, in order.
-        shift: subtracted from raw latents, one value or one for each channel.
-        scale: multiplies them afterwards, likewise.
-        flipped: whether mirrored images were encoded too.
-        class_names: name of each class.
-        image_size: side of the encoded images in pixels.
-        preprocessing: how images were cropped and resized.
-        vae: class, source and weight hash of the VAE; None for pixels.
-        version: of this format.
-    """
-
-    kind: Literal["moments", "latents"]
-    shape: tuple[int, int, int]
-    num_classes: int
-    shards: list[Shard]
-    shift: list[float] = field(default_factory=lambda: [0.0])
-    scale: list[float] = field(default_factory=lambda: [1.0])
-    flipped: bool = False
-    class_names: list[str] | None = None
-    image_size: int | None = None
-    preprocessing: str | None = None
-    vae: dict[str, Any] | None = None
-    version: int = FORMAT_VERSION
-
-    @property
-    def num_samples(self) -> int:
-        return sum(shard.num_samples for shard in self.shards)
-
-
-# Writing -------------------------------------------------------------------------------------------------------------
 
 
 def shard_name(number: int) -> str:
@@ -97,20 +45,6 @@ def write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> Shard:
     name = shard_name(number)
     write_atomically(folder / name, data)
     return Shard(name, len(tensors["labels"]), len(data), hashlib.sha256(data).hexdigest())
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, which makes the folder a store: do it last."""
-    write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_store(
@@ -165,51 +99,6 @@ def write_store(
     shape = (channels // 2 if kind == "moments" else channels, h, w)
     write_manifest(folder, Manifest(kind, shape, num_classes, shards, flipped=flipped is not None, **about))
     return LatentStore(folder)
-
-
-# Reading -------------------------------------------------------------------------------------------------------------
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check a manifest.
-
-    Raises:
-        InputError: where the store is missing, its manifest unreadable or of another version, or a shard's name leads
-            out of the folder.
-    """
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise InputError(f"there is no latent store at {folder}: the folder does not exist")
-    if not path.is_file():
-        raise InputError(f"{folder} is not a latent store: it has no {MANIFEST} (was its writing cut short?)")
-    try:
-        content = json.loads(path.read_text())
-        version = content["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error!r}); write the store again") from None
-    if version != FORMAT_VERSION:
-        raise InputError(f"{path} has format version {version}, this ditlit reads version {FORMAT_VERSION}")
-    known = {f.name for f in fields(Manifest)}
-    try:
-        content["shards"] = [Shard(**shard) for shard in content["shards"]]
-        manifest = Manifest(**{k: v for k, v in content.items() if k in known})
-        manifest.shape = tuple(manifest.shape)
-        c, h, w = manifest.shape
-        valid = (
-            manifest.kind in ("moments", "latents")
-            and min(c, h, w, manifest.num_classes) > 0
-            and manifest.num_samples > 0
-            and len(manifest.shift) in (1, c)
-            and len(manifest.scale) in (1, c)
-        )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); write the store again") from None
-    if not valid:
-        raise InputError(f"{path} is damaged (its fields contradict each other); write the store again")
-    for shard in manifest.shards:
-        if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
-            raise InputError(f"{path} lists the shard {shard.file!r}, which leads out of its folder; do not trust it")
-    return manifest
 
 
 class LatentStore:

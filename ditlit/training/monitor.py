@@ -34,7 +34,8 @@ class TrainingMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: dict[str, Any], batch: Any, batch_idx: int
     ) -> None:
         self._add(outputs, pl_module.process.num_timesteps)
-        self._images += len(outputs["t"]) * trainer.world_size
+        self._batch = len(outputs["t"]) * trainer.world_size
+        self._images += self._batch
         at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if at_step and trainer.global_step % trainer.log_every_n_steps == 0:
             self._log(trainer, pl_module)
@@ -56,11 +57,10 @@ class TrainingMonitor(Callback):
         terms = outputs["terms"]
         self._names = list(terms)
         quartile = outputs["t"] * QUARTILES // num_timesteps  # (N,)
-        in_quartile = torch.nn.functional.one_hot(quartile, QUARTILES).to(terms["loss"])  # (N, 4)
+        in_quartile = quartile[:, None] == torch.arange(QUARTILES, device=quartile.device)  # (N, 4)
+        in_quartile = in_quartile.to(terms["loss"])
         values = torch.stack(list(terms.values()))  # (terms, N)
-        sums = torch.cat(
-            [values.sum(1), values.new_tensor([values.shape[1]]), terms["loss"] @ in_quartile, in_quartile.sum(0)]
-        )
+        sums = torch.cat([values.sum(1), terms["loss"] @ in_quartile, in_quartile.sum(0)])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,8 +69,7 @@ class TrainingMonitor(Callback):
         *sums, norm = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()  # the only wait for the device
         elapsed = time.perf_counter() - self._started
         *sums, q1, q2, q3, q4, n1, n2, n3, n4 = sums
-        *sums, count = sums
-        metrics = {f"train/{name}": total / count for name, total in zip(self._names, sums, strict=True)}
+        metrics = {f"train/{name}": total / self._images for name, total in zip(self._names, sums, strict=True)}
         T = pl_module.process.num_timesteps
         for i, (total, n) in enumerate(((q1, n1), (q2, n2), (q3, n3), (q4, n4))):
             if n:
@@ -81,7 +80,7 @@ class TrainingMonitor(Callback):
             "train/grad_norm": norm,
             "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "throughput/images_per_second": rate,
-            "throughput/images_seen": trainer.global_step * self._images_per_step(trainer),
+            "throughput/images_seen": trainer.global_step * self._batch * trainer.accumulate_grad_batches,
         }
         if self._peak and self._flops:
             metrics["throughput/mfu"] = rate * self._flops / (self._peak * trainer.world_size)
@@ -89,9 +88,6 @@ class TrainingMonitor(Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
         shown = {"loss": metrics["train/loss"], "img/s": rate}
         pl_module.log_dict(shown, prog_bar=True, logger=False)
-
-    def _images_per_step(self, trainer: Trainer) -> int:
-        return trainer.train_dataloader.sampler.global_batch_size
 
 
 def peak_flops(trainer: Trainer, pl_module: LightningModule) -> float | None:
