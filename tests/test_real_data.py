@@ -45,8 +45,8 @@ def test_one_step_of_s2_on_real_latents(make_trainer, tmp_path):
     trainer.fit(module, LatentDataModule(str(tmp_path / "store"), global_batch_size=8))
     assert losses[0]["terms"]["mse"].mean().item() == pytest.approx(1, abs=0.02)  # the output starts at zero
     module.ema._swap_out(module)
-    # Adam's first step moves every weight that has a gradient by the learning rate.
-    moved = (module.denoiser.final.linear.weight - before).abs()
+    # Adam's first step moves every weight by the learning rate; the gradients of the variances are too small for that.
+    moved = (module.denoiser.final.linear.weight - before).abs().unflatten(0, (4, 8))[:, :4]
     torch.testing.assert_close(moved, torch.full_like(moved, 1e-4), rtol=0.05, atol=0)
     with Image.open(tmp_path / "samples" / "step-00000001.png") as picture:
         assert picture.size == (260, 518)  # two rows of one 256x256 picture
