@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ditlit.data import LatentDataModule
@@ -74,7 +74,7 @@ class SaveFitConfig(SaveConfigCallback):
 class DitlitCLI(LightningCLI):
     """Lightning's command line for :class:`DiTModule` and any :class:`LatentDataModule`."""
 
-    def __init__(self, args: ArgsType = None, run: bool = True):
+    def __init__(self, args: list[str] | None = None):
         super().__init__(
             DiTModule,
             LatentDataModule,
@@ -86,20 +86,14 @@ class DitlitCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_kwargs={name: {"description": " ".join(text.split())} for name, text in DESCRIPTIONS.items()},
             args=args,
-            run=run,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        if args is None:
-            args = sys.argv[1:]
-        if isinstance(args, (dict, Namespace)):
-            self.config = parser.parse_object(args)
-        else:
-            self.config = parser.parse_args(with_found_configs(args))
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
+        self.config = parser.parse_args(with_found_configs(sys.argv[1:] if args is None else args))
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as the user wrote it: Lightning would let the checkpoint override it."""

@@ -148,7 +148,7 @@ class EMA(WeightAveraging):
             raw = raw | {PREFIX + name: value for name, value in zip(average.names, self._raw, strict=True)}
         checkpoint["current_model_state"] = raw
         checkpoint["state_dict"] = raw | average.named()
-        checkpoint["averaging_state"] = {"num_updates": average.num_updates, "decay": self.decay}
+        checkpoint["averaging_state"] = {"num_updates": average.num_updates}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         average = self._average_model
