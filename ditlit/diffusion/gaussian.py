@@ -141,21 +141,22 @@ class GaussianDiffusion:
             eps = (x_t - alpha * x0) / sigma
         return Prediction(x0, eps, variance)
 
-    def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of q(x_s | x_t, x0) for s < t: Ho et al. 2020, equations 6-7, with beta = 1 - abar_t /
-        abar_s between the two timesteps.
+    def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Mean of q(x_s | x_t, x0) for s < t: Ho et al. 2020, equation 7, with beta = 1 - abar_t / abar_s between the
+        two timesteps.
+        """
+        abar_t, abar_s = self._abar_at(t), self._abar_at(s)
+        beta = 1 - abar_t / abar_s
+        of_x0 = (beta * abar_s.sqrt() / (1 - abar_t)).float()  # (N, 1, 1, 1)
+        of_x_t = ((1 - abar_s) * (1 - beta).sqrt() / (1 - abar_t)).float()  # (N, 1, 1, 1)
+        return of_x0 * x0 + of_x_t * x_t
+
+    def posterior_log_variance(self, t: Tensor, s: Tensor) -> Tensor:
+        """Log-variance (N, 1, 1, 1) of q(x_s | x_t, x0).
 
         For s = -1 the variance is zero; the logarithm returned is that of the step from timestep 1 to 0 (Nichol &
         Dhariwal 2021, section 3.1).
         """
-        abar_t, abar_s = self._abar_at(t), self._abar_at(s)
-        beta = 1 - abar_t / abar_s
-        mean = (beta * abar_s.sqrt() / (1 - abar_t)).float() * x0 + (
-            (1 - abar_s) * (1 - beta).sqrt() / (1 - abar_t)
-        ).float() * x_t
-        return mean, self._posterior_log_variance(t, s)
-
-    def _posterior_log_variance(self, t: Tensor, s: Tensor) -> Tensor:
         last = s < 0  # the step to clean data borrows the variance of the step from timestep 1 to 0
         t, s = torch.where(last, 1, t), torch.where(last, 0, s)
         abar_t, abar_s = self._abar_at(t), self._abar_at(s)
@@ -167,7 +168,7 @@ class GaussianDiffusion:
         A raw output v in [-1, 1] interpolates between the logarithms of the posterior's variance and of beta (Nichol &
         Dhariwal 2021, equation 15).
         """
-        small = self._posterior_log_variance(t, s)
+        small = self.posterior_log_variance(t, s)
         large = (1 - self._abar_at(t) / self._abar_at(s)).log().float()
         if variance is not None:
             fraction = (variance + 1) / 2
@@ -208,10 +209,10 @@ class GaussianDiffusion:
     def _vlb(self, eps: Tensor, variance: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         s = t - 1
         alpha, sigma = self.scales(t)
-        mean, _ = self.posterior((x_t - sigma * eps) / alpha, x_t, t, s)
+        mean = self.posterior_mean((x_t - sigma * eps) / alpha, x_t, t, s)
         log_variance = self.log_variance(variance, t, s)
-        true_mean, true_log_variance = self.posterior(x0, x_t, t, s)
-        kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
+        true_mean = self.posterior_mean(x0, x_t, t, s)
+        kl = gaussian_kl(true_mean, self.posterior_log_variance(t, s), mean, log_variance)
         nll = -discretized_gaussian_log_likelihood(x0, mean, log_variance / 2)
         term = torch.where((t == 0)[:, None, None, None], nll, kl)
         return term.flatten(1).mean(1) / math.log(2)  # (N,) bits per dimension

@@ -23,7 +23,7 @@ class Process(Protocol):
     def timesteps(self, num_steps: int, spacing: str = "even") -> Tensor: ...
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
     def predict(self, model: Denoiser, x_t: Tensor, t: Tensor, y: Tensor) -> Prediction: ...
-    def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]: ...
+    def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor: ...
     def log_variance(self, variance: Tensor | None, t: Tensor, s: Tensor) -> Tensor: ...
 
 
@@ -52,9 +52,10 @@ def ddpm(
     x = noise
     for step, t, s in steps(timesteps, x):
         prediction = process.predict(model, x, t, y)
-        mean, _ = process.posterior(prediction.x0, x, t, s)
-        std = (process.log_variance(prediction.variance, t, s) / 2).exp()
-        x = mean if step == len(timesteps) - 1 else mean + std * randn_like(x, generator)
+        x = process.posterior_mean(prediction.x0, x, t, s)
+        if step < len(timesteps) - 1:
+            std = (process.log_variance(prediction.variance, t, s) / 2).exp()
+            x = x + std * randn_like(x, generator)
         if callback:
             callback(step, int(timesteps[step]), x, prediction.x0)
     return x
