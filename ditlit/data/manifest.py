@@ -1,11 +1,11 @@
 """The manifest of a latent store: what the latents are, and which files hold them."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ditlit.data.folders import write_atomically
 from ditlit.errors import InputError
 
 FORMAT_VERSION = 1
@@ -62,15 +62,6 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, which makes the folder a store: do it last."""
     write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_manifest(folder: Path) -> Manifest:

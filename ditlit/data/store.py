@@ -26,7 +26,8 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ditlit.data.manifest import MANIFEST, Manifest, Shard, read_manifest, write_atomically, write_manifest
+from ditlit.data.folders import write_atomically
+from ditlit.data.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
 from ditlit.errors import InputError
 
 VERIFIED = ".verified.json"
