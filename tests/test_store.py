@@ -61,7 +61,8 @@ def test_writing_is_deterministic_and_leaves_no_temporary_files(folder, tmp_path
     write_store(tmp_path / "again", latents, labels, K, shard_size=8)
     for file in sorted(os.listdir(folder)):
         assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
-    assert sorted(os.listdir(folder)) == ["manifest.json", *(f"shard-{i:05d}.safetensors" for i in range(3))]
+    files = ["labels.safetensors", "manifest.json", *(f"shard-{i:05d}.safetensors" for i in range(3))]
+    assert sorted(os.listdir(folder)) == files
 
 
 def test_verification_is_remembered_until_a_file_changes(folder):

@@ -2,10 +2,10 @@
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from ditlit.data.folders import write_atomically
+from ditlit.data.folders import Folder, LocalFolder
 from ditlit.errors import InputError
 
 FORMAT_VERSION = 1
@@ -14,7 +14,7 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class Shard:
-    """One shard file: its name in the store's folder, its samples, size in bytes and checksum."""
+    """One file of a store: its name in the store's folder, its samples, size in bytes and checksum."""
 
     file: str
     num_samples: int
@@ -38,6 +38,7 @@ class Manifest:
         image_size: side of the encoded images in pixels.
         preprocessing: how images were cropped and resized.
         vae: class, source and weight hash of the VAE; None for pixels.
+        labels: the file that holds the labels of all shards; None in older stores.
         version: of this format.
     """
 
@@ -52,6 +53,7 @@ class Manifest:
     image_size: int | None = None
     preprocessing: str | None = None
     vae: dict[str, Any] | None = None
+    labels: Shard | None = None
     version: int = FORMAT_VERSION
 
     @property
@@ -59,33 +61,38 @@ class Manifest:
         return sum(shard.num_samples for shard in self.shards)
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Folder, manifest: Manifest) -> None:
     """Write the manifest, which makes the folder a store: do it last."""
-    write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    folder.write(MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Folder) -> Manifest:
     """Read and check a manifest.
 
     Raises:
         InputError: where the store is missing, its manifest unreadable or of another version, or a shard's name leads
             out of the folder.
     """
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise InputError(f"there is no latent store at {folder}: the folder does not exist")
-    if not path.is_file():
-        raise InputError(f"{folder} is not a latent store: it has no {MANIFEST} (was its writing cut short?)")
+    where = folder.location(MANIFEST)
+    if isinstance(folder, LocalFolder):
+        if not folder.path.is_dir():
+            raise InputError(f"there is no latent store at {folder.path}: the folder does not exist")
+        if not (folder.path / MANIFEST).is_file():
+            raise InputError(f"{folder.path} is not a latent store: it has no {MANIFEST} (was its writing cut short?)")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(folder.read(MANIFEST))
         version = content["version"]
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error!r}); write the store again") from None
+        raise InputError(f"{where} is damaged ({error!r}); write the store again") from None
     if version != FORMAT_VERSION:
-        raise InputError(f"{path} has format version {version}, this ditlit reads version {FORMAT_VERSION}")
+        raise InputError(f"{where} has format version {version}, this ditlit reads version {FORMAT_VERSION}")
     known = {f.name for f in fields(Manifest)}
     try:
         content["shards"] = [Shard(**shard) for shard in content["shards"]]
+        if content.get("labels") is not None:
+            content["labels"] = Shard(**content["labels"])
         manifest = Manifest(**{k: v for k, v in content.items() if k in known})
         manifest.shape = tuple(manifest.shape)
         c, h, w = manifest.shape
@@ -95,12 +102,14 @@ def read_manifest(folder: Path) -> Manifest:
             and manifest.num_samples > 0
             and len(manifest.shift) in (1, c)
             and len(manifest.scale) in (1, c)
+            and len(manifest.class_names or range(manifest.num_classes)) == manifest.num_classes
+            and (manifest.labels is None or manifest.labels.num_samples == manifest.num_samples)
         )
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); write the store again") from None
+        raise InputError(f"{where} is damaged ({error}); write the store again") from None
     if not valid:
-        raise InputError(f"{path} is damaged (its fields contradict each other); write the store again")
-    for shard in manifest.shards:
-        if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
-            raise InputError(f"{path} lists the shard {shard.file!r}, which leads out of its folder; do not trust it")
+        raise InputError(f"{where} is damaged (its fields contradict each other); write the store again")
+    for shard in [*manifest.shards, *filter(None, [manifest.labels])]:
+        if PurePosixPath(shard.file).name != shard.file or shard.file in ("", ".", ".."):
+            raise InputError(f"{where} lists the file {shard.file!r}, which leads out of its folder; do not trust it")
     return manifest

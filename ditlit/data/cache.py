@@ -1,0 +1,262 @@
+"""A bounded folder on a local disk for the shards of remote stores, shared by stores, runs and processes."""
+
+import contextlib
+import fcntl
+import os
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import BinaryIO, TypeVar
+
+from filelock import FileLock
+
+from ditlit.data.folders import RemoteFolder
+from ditlit.data.manifest import Shard
+from ditlit.data.shards import check_size, check_sum, file_sha256
+from ditlit.errors import InputError
+
+T = TypeVar("T")
+DEFAULT_FOLDER = "~/.cache/ditlit/shards"
+FETCHERS = 4  # threads of one process that read ahead
+PATIENCE = 120.0  # seconds to wait for other processes to let go of their shards
+POLL = 0.1
+
+
+class ShardCache:
+    """Shards of remote stores on a local disk, never more than a given size of them.
+
+    A file is named by its SHA-256, so that it serves every store, run and process that wants these bytes. It is fetched
+    once a machine, verified, and appears whole. Those used longest ago make room for others, except the ones that a
+    process has open (a deleted file keeps its space on the disk while it is mapped) or has asked to be read ahead.
+
+    Works across threads, forks and processes: locks are on files, and vanish with the process that holds them.
+
+    Args:
+        folder: on a local disk; created if absent.
+        size_gb: bound in gigabytes (1e9 bytes), downloads under way included.
+        max_open: shards that one process keeps open.
+
+    Raises:
+        InputError: for a folder that cannot be written, or a size that is not positive.
+    """
+
+    def __init__(self, folder: str | Path = DEFAULT_FOLDER, size_gb: float = 50, max_open: int = 8):
+        self.folder = Path(folder).expanduser()
+        self.num_bytes = int(size_gb * 1e9)
+        self.max_open = max_open
+        if self.num_bytes <= 0:
+            raise InputError(f"the cache needs a positive size in gigabytes, got {size_gb}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._folder_lock():
+                pass
+        except (OSError, NotImplementedError) as error:
+            raise InputError(f"cannot write to the cache {self.folder} ({error}); choose another cache_dir") from error
+        self._open: OrderedDict[str, tuple[BinaryIO, object]] = OrderedDict()  # least recently used first
+        self._opening = threading.Lock()
+        self._ahead: ReadAhead | None = None
+
+    def open(self, folder: RemoteFolder, shard: Shard, read: Callable[[Path], T]) -> T:
+        """What ``read`` makes of the shard's local path; kept, with the file, while it is one of the last used.
+
+        Raises:
+            InputError: where the shard is missing, or damaged or out of reach after several attempts; names its URL.
+        """
+        with self._opening:
+            if shard.sha256 not in self._open:
+                while len(self._open) >= self.max_open:
+                    self._let_go()
+                file = self._fetch(folder, shard)
+                self._open[shard.sha256] = (file, read(self.folder / shard.sha256))
+            self._open.move_to_end(shard.sha256)
+            return self._open[shard.sha256][1]
+
+    def prefetch(self, shards: Sequence[tuple[RemoteFolder, Shard]]) -> None:
+        """Fetch shards in the background, in this order. Until the next call this process makes no room with them.
+
+        Whatever goes wrong is left for ``open`` to report.
+        """
+        if self._ahead is None or self._ahead.process != os.getpid():
+            self._ahead = ReadAhead(self._fetch_ahead)
+        self._ahead.want(shards)
+
+    def close(self) -> None:
+        """Let go of all shards, and fetch no more ahead."""
+        with self._opening:
+            while self._open:
+                self._let_go()
+        if self._ahead is not None:
+            self._ahead.want([])
+
+    # Fetching ----------------------------------------------------------------------------------------------------
+
+    def _fetch(self, folder: RemoteFolder, shard: Shard) -> BinaryIO:
+        """The shard's file, open and held: no process deletes it before this handle is closed."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            file = self._hold(shard)
+            if file is not None:
+                return file
+            if self._download(folder, shard):
+                continue
+            if self._open:  # our own shards may be what is in the way
+                self._let_go()
+            else:
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"the cache {self.folder} has no room for {folder.location(shard.file)}: its "
+                        f"{self.num_bytes / 1e9:g} GB are in use by running processes; raise cache_size_gb"
+                    )
+                time.sleep(POLL)
+
+    def _fetch_ahead(self, folder: RemoteFolder, shard: Shard) -> bool:
+        """Like ``_fetch``, but leaves the file closed; false where there is no room yet."""
+        return (self.folder / shard.sha256).exists() or self._download(folder, shard)
+
+    def _let_go(self) -> None:
+        """Close the shard used longest ago; the memory map goes with the last array that looks into it."""
+        file, _ = self._open.popitem(last=False)[1]
+        file.close()
+
+    def _hold(self, shard: Shard) -> BinaryIO | None:
+        """The shard's file with a shared lock, marked as just used; None where it is not there."""
+        path = self.folder / shard.sha256
+        try:
+            file = open(path, "rb")  # noqa: SIM115
+        except FileNotFoundError:
+            return None
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if os.fstat(file.fileno()).st_nlink == 0:  # deleted between opening and locking
+            file.close()
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return file
+
+    def _download(self, folder: RemoteFolder, shard: Shard) -> bool:
+        """Fetch a shard unless another thread or process does, then wait for it; false where there is no room."""
+
+        def check(path: Path) -> None:
+            try:
+                check_size(path.stat().st_size, shard, folder.location(shard.file))
+                check_sum(file_sha256(path), shard, folder.location(shard.file))
+            except InputError as error:
+                raise OSError(str(error)) from None
+
+        path = self.folder / shard.sha256
+        # A few locks for all shards, since lock files cannot be deleted safely.
+        with FileLock(self.folder / f".{shard.sha256[:2]}.lock"):
+            if path.exists():
+                return True
+            with self._room(shard) as found:
+                if found:
+                    folder.download(shard.file, path, check)
+            return found
+
+    # Making room -------------------------------------------------------------------------------------------------
+
+    def _folder_lock(self) -> FileLock:
+        return FileLock(self.folder / ".lock")
+
+    @contextlib.contextmanager
+    def _room(self, shard: Shard) -> Iterator[bool]:
+        """Claim space for a shard that is about to be downloaded; false where there is not enough.
+
+        A claim is a file that holds the number of bytes, locked as long as its process lives.
+        """
+        path = self.folder / f".{shard.sha256}.claim"
+        with self._folder_lock():
+            found = self._make_room(shard.num_bytes)
+            if found:
+                claim = open(path, "w")  # noqa: SIM115
+                fcntl.flock(claim, fcntl.LOCK_EX)
+                claim.write(str(shard.num_bytes))
+                claim.flush()
+        try:
+            yield found
+        finally:
+            if found:
+                # Under the lock: who counts bytes sees the claim, the file that took its place, or both.
+                with self._folder_lock(), claim:
+                    path.unlink()
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Delete what was used longest ago until ``num_bytes`` more fit; false, and nothing deleted, if they cannot."""
+        wanted = set() if self._ahead is None or self._ahead.process != os.getpid() else self._ahead.wanted
+        used, files = 0, []
+        for entry in os.scandir(self.folder):
+            if re.fullmatch("[0-9a-f]{64}", entry.name):
+                stat = entry.stat()
+                used += stat.st_size
+                if entry.name not in wanted:
+                    files.append((stat.st_mtime_ns, stat.st_size, entry.name))
+            elif entry.name.endswith(".claim"):
+                used += self._claimed(Path(entry.path))
+        droppable = []
+        with contextlib.ExitStack() as locks:
+            for _, size, name in sorted(files):
+                if used + num_bytes <= self.num_bytes:
+                    break
+                if (file := try_lock(self.folder / name)) is not None:
+                    locks.enter_context(file)
+                    droppable.append(name)
+                    used -= size
+            if used + num_bytes > self.num_bytes:
+                return False
+            for name in droppable:
+                (self.folder / name).unlink()
+        return True
+
+    def _claimed(self, path: Path) -> int:
+        """Bytes of a claim; what a killed process left behind is deleted."""
+        file = try_lock(path)
+        if file is None:
+            return int(path.read_text())
+        with file:
+            for left in (path, *self.folder.glob(f"{path.stem}.*.tmp")):
+                left.unlink(missing_ok=True)
+        return 0
+
+
+def try_lock(path: Path) -> BinaryIO | None:
+    """The file, open and locked for this handle alone; None where another handle holds it or it is gone."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+class ReadAhead:
+    """Threads that fetch wanted shards. Daemons, since nothing is lost when the process ends before they are done."""
+
+    def __init__(self, fetch: Callable[[RemoteFolder, Shard], bool]):
+        self.process = os.getpid()  # threads do not survive a fork
+        self.wanted: frozenset[str] = frozenset()
+        self._fetch = fetch
+        self._queue: SimpleQueue[tuple[RemoteFolder, Shard]] = SimpleQueue()
+        for _ in range(FETCHERS):
+            threading.Thread(target=self._run, daemon=True, name="ditlit-read-ahead").start()
+
+    def want(self, shards: Sequence[tuple[RemoteFolder, Shard]]) -> None:
+        before = self.wanted
+        self.wanted = frozenset(shard.sha256 for _, shard in shards)
+        for folder, shard in shards:
+            if shard.sha256 not in before:
+                self._queue.put((folder, shard))
+
+    def _run(self) -> None:
+        while True:
+            folder, shard = self._queue.get()
+            with contextlib.suppress(Exception):
+                while shard.sha256 in self.wanted and not self._fetch(folder, shard):
+                    time.sleep(POLL)
