@@ -60,6 +60,9 @@ class ShardCache:
         self._opening = threading.Lock()
         self._ahead: ReadAhead | None = None
 
+    def __reduce__(self) -> tuple:
+        return ShardCache, (self.folder, self.num_bytes / 1e9, self.max_open)
+
     def open(self, folder: RemoteFolder, shard: Shard, read: Callable[[Path], T]) -> T:
         """What ``read`` makes of the shard's local path; kept, with the file, while it is one of the last used.
 
@@ -76,7 +79,7 @@ class ShardCache:
             return self._open[shard.sha256][1]
 
     def prefetch(self, shards: Sequence[tuple[RemoteFolder, Shard]]) -> None:
-        """Fetch shards in the background, in this order. Until the next call this process makes no room with them.
+        """Fetch shards in the background, in this order. Until the next call they are the last to make room for others.
 
         Whatever goes wrong is left for ``open`` to report.
         """
@@ -101,7 +104,7 @@ class ShardCache:
             file = self._hold(shard)
             if file is not None:
                 return file
-            if self._download(folder, shard):
+            if self._download(folder, shard, sacrifice=True):
                 continue
             if self._open:  # our own shards may be what is in the way
                 self._let_go()
@@ -115,7 +118,7 @@ class ShardCache:
 
     def _fetch_ahead(self, folder: RemoteFolder, shard: Shard) -> bool:
         """Like ``_fetch``, but leaves the file closed; false where there is no room yet."""
-        return (self.folder / shard.sha256).exists() or self._download(folder, shard)
+        return (self.folder / shard.sha256).exists() or self._download(folder, shard, sacrifice=False)
 
     def _let_go(self) -> None:
         """Close the shard used longest ago; the memory map goes with the last array that looks into it."""
@@ -137,7 +140,7 @@ class ShardCache:
             os.utime(path)
         return file
 
-    def _download(self, folder: RemoteFolder, shard: Shard) -> bool:
+    def _download(self, folder: RemoteFolder, shard: Shard, sacrifice: bool) -> bool:
         """Fetch a shard unless another thread or process does, then wait for it; false where there is no room."""
 
         def check(path: Path) -> None:
@@ -152,7 +155,7 @@ class ShardCache:
         with FileLock(self.folder / f".{shard.sha256[:2]}.lock"):
             if path.exists():
                 return True
-            with self._room(shard) as found:
+            with self._room(shard, sacrifice) as found:
                 if found:
                     folder.download(shard.file, path, check)
             return found
@@ -163,14 +166,14 @@ class ShardCache:
         return FileLock(self.folder / ".lock")
 
     @contextlib.contextmanager
-    def _room(self, shard: Shard) -> Iterator[bool]:
+    def _room(self, shard: Shard, sacrifice: bool) -> Iterator[bool]:
         """Claim space for a shard that is about to be downloaded; false where there is not enough.
 
         A claim is a file that holds the number of bytes, locked as long as its process lives.
         """
         path = self.folder / f".{shard.sha256}.claim"
         with self._folder_lock():
-            found = self._make_room(shard.num_bytes)
+            found = self._make_room(shard.num_bytes, sacrifice)
             if found:
                 claim = open(path, "w")  # noqa: SIM115
                 fcntl.flock(claim, fcntl.LOCK_EX)
@@ -184,21 +187,26 @@ class ShardCache:
                 with self._folder_lock(), claim:
                     path.unlink()
 
-    def _make_room(self, num_bytes: int) -> bool:
-        """Delete what was used longest ago until ``num_bytes`` more fit; false, and nothing deleted, if they cannot."""
-        wanted = set() if self._ahead is None or self._ahead.process != os.getpid() else self._ahead.wanted
+    def _make_room(self, num_bytes: int, sacrifice: bool) -> bool:
+        """Delete what was used longest ago until ``num_bytes`` more fit; false, and nothing deleted, if they cannot.
+
+        With ``sacrifice``, shards that were asked to be read ahead go too, after all others: what is needed now goes
+        before what is needed soon.
+        """
+        ahead = self._ahead
+        wanted = ahead.wanted if ahead is not None and ahead.process == os.getpid() else frozenset()
         used, files = 0, []
         for entry in os.scandir(self.folder):
             if re.fullmatch("[0-9a-f]{64}", entry.name):
                 stat = entry.stat()
                 used += stat.st_size
-                if entry.name not in wanted:
-                    files.append((stat.st_mtime_ns, stat.st_size, entry.name))
+                if sacrifice or entry.name not in wanted:
+                    files.append((entry.name in wanted, stat.st_mtime_ns, stat.st_size, entry.name))
             elif entry.name.endswith(".claim"):
                 used += self._claimed(Path(entry.path))
         droppable = []
         with contextlib.ExitStack() as locks:
-            for _, size, name in sorted(files):
+            for _, _, size, name in sorted(files):
                 if used + num_bytes <= self.num_bytes:
                     break
                 if (file := try_lock(self.folder / name)) is not None:

@@ -5,83 +5,62 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ditlit.data.cache import DEFAULT_FOLDER, ShardCache
+from ditlit.data.collection import StoreCollection, check_same_latents, hold_out
+from ditlit.data.datasets import EvalDataset, LabelDataset, TrainDataset
+from ditlit.data.folders import is_remote
 from ditlit.data.manifest import Manifest
-from ditlit.data.sampler import EvalOrder, TrainOrder
+from ditlit.data.mixture import Mixture, make_mixture
+from ditlit.data.sampler import EvalOrder, ShuffleWindows, TrainOrder
 from ditlit.data.store import LatentStore
 from ditlit.errors import InputError
 
-
-class LatentDataset(Dataset):
-    """Whole batches of a store, or of those of its samples that ``subset`` (n,) names."""
-
-    def __init__(self, store: LatentStore, subset: Tensor | None = None):
-        self.store = store
-        self.subset = subset
-
-    def __len__(self) -> int:
-        return len(self.store) if self.subset is None else len(self.subset)
-
-    def rows(self, index: Tensor) -> Tensor:
-        return index if self.subset is None else self.subset[index]
-
-
-class TrainDataset(LatentDataset):
-    def __getitem__(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        index, flip = batch
-        return self.store.gather(self.rows(index), flip)
-
-
-class EvalDataset(LatentDataset):
-    def __getitem__(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        index, valid = batch
-        return self.store.gather(self.rows(index)) | {"index": index, "valid": valid}
-
-
-class LabelDataset(Dataset):
-    """Labels to draw samples for: every class in turn."""
-
-    def __init__(self, num_samples: int, num_classes: int):
-        self.num_samples = num_samples
-        self.num_classes = num_classes
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        index, valid = batch
-        return {"index": index, "labels": index % self.num_classes, "valid": valid}
+REMOTE_WINDOW = 8  # shards of a shuffle where a store is remote
 
 
 class LatentDataModule(LightningDataModule):
-    """Streams latents and labels from latent stores on disk.
+    """Streams latents and labels from latent stores on disk or at URLs.
 
     Training batches are dicts of raw ``moments`` (N, 2C, H, W) or ``latents`` (N, C, H, W) and ``labels`` (N,);
     validation batches also carry ``index`` (N,), the samples' numbers, and ``valid`` (N,), false for padding.
 
     Args:
-        store: folder of the training store.
-        val_store: folder of the validation store.
-        val_size: without a validation store, hold out so many samples of the training store.
+        store: folder or URL (s3://, gs://, hf://, http://) of the training store. A list of them is joined; a mapping
+            from stores to weights mixes them: an epoch has as many samples as all stores together, shared out by
+            weight.
+        val_store: folder or URL of the validation store.
+        val_size: without a validation store, hold out so many samples of the training stores.
         global_batch_size: samples of one optimizer step, over all devices and accumulated batches.
         val_batch_size: samples of one validation batch on each device.
         flip: mirror half of the samples, the paper's only augmentation.
+        classes: train and validate on these classes only, given by number or name; they are renumbered from 0 in this
+            order.
+        class_balanced: show every class equally often.
+        shuffle_window: shuffle within so many shards at a time instead of over all samples. By default 8 where a store
+            is remote, so that shards can be read ahead and dropped, and an exact shuffle where all are on disk.
+        cache_dir: local folder for the shards of remote stores.
+        cache_size_gb: bound of that folder in gigabytes.
         predict_samples: number of samples that ``predict`` draws, every class in turn.
         num_workers: processes that read ahead. 0 is fastest while the store fits the page cache; give 4 for slow disks.
-        verify: compare shards with their checksums before the first use.
+        verify: compare shards on disk with their checksums before the first use; those of remote stores always are.
         seed: of the order, the flips and the held-out samples; follows seed_everything in the command line.
     """
 
     def __init__(
         self,
-        store: str,
+        store: dict[str, float] | list[str] | str,
         val_store: str | None = None,
         val_size: int = 0,
         global_batch_size: int = 256,
         val_batch_size: int = 64,
         flip: bool = True,
+        classes: list[int | str] | None = None,
+        class_balanced: bool = False,
+        shuffle_window: int | None = None,
+        cache_dir: str = DEFAULT_FOLDER,
+        cache_size_gb: float = 50.0,
         predict_samples: int = 64,
         num_workers: int = 0,
         verify: bool = True,
@@ -91,47 +70,81 @@ class LatentDataModule(LightningDataModule):
         if val_store and val_size:
             raise InputError("val_store and val_size exclude each other: give one of them")
         self.store = store
+        self.locations = [store] if isinstance(store, str) else list(store)
+        if not self.locations:
+            raise InputError("data.store names no store; give a folder or URL")
+        self.weights = list(store.values()) if isinstance(store, dict) else None
         self.val_store = val_store
         self.val_size = val_size
         self.global_batch_size = global_batch_size
         self.val_batch_size = val_batch_size
         self.flip = flip
+        self.classes = classes
+        self.class_balanced = class_balanced
+        self.shuffle_window = shuffle_window
+        if shuffle_window is None and any(map(is_remote, self.locations)):
+            self.shuffle_window = REMOTE_WINDOW
+        self.cache_dir = cache_dir
+        self.cache_size_gb = cache_size_gb
         self.predict_samples = predict_samples
         self.num_workers = num_workers
         self.verify = verify
         self.seed = seed
+        self._cache: ShardCache | None = None
         self._resumed: dict[str, Any] = {}
         self._train: TrainDataset | None = None
         self._val: EvalDataset | None = None
+        self._mixture: Mixture | None = None
 
     def prepare_data(self) -> None:
         """Once a machine: check the stores, so that bad data stop a run before it starts."""
-        for folder in filter(None, (self.store, self.val_store)):
-            store = LatentStore(folder)
-            if self.verify:
-                store.verify()
+        for location in (*self.locations, self.val_store):
+            if location is not None and not is_remote(location):
+                store = LatentStore(location)
+                if self.verify:
+                    store.verify()
 
     def setup(self, stage: str | None = None) -> None:
-        store = LatentStore(self.store)
-        if not 0 <= self.val_size < len(store):
-            raise InputError(f"val_size {self.val_size} leaves nothing to train on: {self.store} has {len(store)}")
+        if any(is_remote(location) for location in (*self.locations, self.val_store) if location is not None):
+            self._cache = ShardCache(self.cache_dir, self.cache_size_gb, self.shuffle_window or REMOTE_WINDOW)
+        store = self._open(self.locations)
+        num_samples = len(store) if store.rows is None else len(store.rows)
+        if not 0 <= self.val_size < num_samples:
+            raise InputError(f"val_size {self.val_size} leaves nothing to train on: {self.store} has {num_samples}")
         if self.val_size:
-            order = torch.randperm(len(store), generator=torch.Generator().manual_seed(self.seed))
-            self._val = EvalDataset(store, order[: self.val_size].sort().values)
-            self._train = TrainDataset(store, order[self.val_size :].sort().values)
+            rows = torch.arange(len(store)) if store.rows is None else store.rows
+            shard_of = None if self.shuffle_window is None else store.shard_of[rows]
+            generator = torch.Generator().manual_seed(self.seed)
+            train, val = hold_out(rows, self.val_size, generator, shard_of)
+            self._train, self._val = TrainDataset(store, train), EvalDataset(store, val)
         else:
-            self._train = TrainDataset(store)
-            self._val = EvalDataset(LatentStore(self.val_store)) if self.val_store else None
+            self._train, self._val = TrainDataset(store, store.rows), None
         if self.val_store:
-            check_same_latents(self.store, store.manifest, self.val_store, self._val.store.manifest)
+            val_store = self._open([self.val_store])
+            check_same_latents(self.locations[0], store.manifest, self.val_store, val_store.manifest)
+            self._val = EvalDataset(val_store, val_store.rows)
+        self._mixture = None
+        if self.weights is not None or self.class_balanced:
+            labels = self._train.pick(store.labels) if self.class_balanced else None
+            store_of = self._train.pick(store.store_of)
+            self._mixture = make_mixture(store_of, self.weights, labels, store.manifest.num_classes)
+        self._check_cache()
+
+    def teardown(self, stage: str | None = None) -> None:
+        if self._cache is not None:
+            self._cache.close()
 
     @property
     def manifest(self) -> Manifest:
-        """What the training store says of its latents; known after ``setup``."""
+        """What the training stores say of the latents and the chosen classes; known after ``setup``."""
         return self._train.store.manifest
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
+        windows = None
+        if self.shuffle_window is not None:
+            store = self._train.store
+            windows = ShuffleWindows(self._train.pick(store.shard_of), self.shuffle_window, store.prefetch)
         order = TrainOrder(
             len(self._train),
             self.global_batch_size,
@@ -141,12 +154,15 @@ class LatentDataModule(LightningDataModule):
             self.seed,
             self.flip,
             next_step=lambda: trainer.global_step,
+            mixture=self._mixture,
+            windows=windows,
         )
-        for name, value in self._order_state().items():
-            if self._resumed.get(name, value) != value:
+        now = self._order_state()
+        for name in (now | self._resumed) if self._resumed else ():
+            if self._resumed.get(name) != now.get(name):
                 raise InputError(
-                    f"the checkpoint was trained with {name} {self._resumed[name]} and cannot continue with {value}: "
-                    "the order of the samples would not be the same; set it back"
+                    f"the checkpoint was trained with {name} {self._resumed.get(name)} and cannot continue with "
+                    f"{now.get(name)}: the order of the samples would not be the same; set it back"
                 )
         return self._loader(self._train, order)
 
@@ -170,7 +186,38 @@ class LatentDataModule(LightningDataModule):
         self._resumed = state_dict
 
     def _order_state(self) -> dict[str, Any]:
-        return {"data.global_batch_size": self.global_batch_size, "data.seed": self.seed, "samples": len(self._train)}
+        """Settings at their defaults are left out, as in checkpoints that are older than a setting."""
+        state = {"data.global_batch_size": self.global_batch_size, "data.seed": self.seed, "samples": len(self._train)}
+        if len(self.locations) > 1:
+            state["samples of each store"] = [len(store) for store in self._train.store.stores]
+        if self.weights is not None:
+            state["data.store with the weights"] = self.weights
+        if self.classes is not None:
+            state["data.classes"] = list(self.classes)
+        if self.class_balanced:
+            state["data.class_balanced"] = True
+        if self.shuffle_window is not None:
+            state["data.shuffle_window"] = self.shuffle_window
+            state["shards"] = len(self._train.store.manifest.shards)
+        return state
+
+    def _open(self, locations: list[str]) -> StoreCollection:
+        return StoreCollection([LatentStore(location, self._cache) for location in locations], self.classes)
+
+    def _check_cache(self) -> None:
+        """Two windows are wanted at a time, and as much again for validation as a process keeps open."""
+        if self._cache is None:
+            return
+        sizes = self._train.store.remote_bytes(self._train.pick(torch.arange(len(self._train.store))))
+        needed = sum(sizes[: 2 * (self.shuffle_window or REMOTE_WINDOW)])
+        if self._val is not None:
+            sizes = self._val.store.remote_bytes(self._val.pick(torch.arange(len(self._val.store))))
+            needed += sum(sizes[: self._cache.max_open])
+        if needed > self._cache.num_bytes:
+            raise InputError(
+                f"a cache of {self.cache_size_gb:g} GB cannot hold two shuffle windows of {self.shuffle_window} shards "
+                f"and those of validation; set cache_size_gb to {needed / 1e9:.3g} at least, or lower shuffle_window"
+            )
 
     def _eval_order(self, num_samples: int) -> EvalOrder:
         return EvalOrder(num_samples, self.val_batch_size, self.trainer.world_size, self.trainer.global_rank)
@@ -184,12 +231,3 @@ class LatentDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
-
-
-def check_same_latents(folder: str, train: Manifest, val_folder: str, val: Manifest) -> None:
-    for name in ("kind", "shape", "num_classes", "shift", "scale", "vae"):
-        if getattr(train, name) != getattr(val, name):
-            raise InputError(
-                f"{folder} and {val_folder} hold different latents: {name} is {getattr(train, name)} and "
-                f"{getattr(val, name)}; encode both the same way"
-            )

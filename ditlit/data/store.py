@@ -173,10 +173,9 @@ class LatentStore:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def shard_of(self) -> Tensor:
-        """Number of the shard (n,) that holds each sample."""
-        return torch.arange(len(self._ends)).repeat_interleave(torch.from_numpy(self._ends - self._starts))
+    def __reduce__(self) -> tuple:
+        """Another process opens the store itself, instead of getting a copy of all its arrays."""
+        return LatentStore, (self.location, self.cache)
 
     def gather(self, index: Tensor, flip: Tensor | None = None) -> dict[str, Tensor]:
         """The samples at ``index`` (B,), mirrored where ``flip`` (B,) says so.
