@@ -1,6 +1,8 @@
 """``python -m ditlit`` and the ``ditlit`` script: a table of commands."""
 
 import sys
+from collections.abc import Callable
+from importlib import import_module
 
 from ditlit import __version__
 from ditlit.errors import InputError
@@ -10,15 +12,20 @@ USAGE = f"""ditlit {__version__}: train, sample and understand Diffusion Transfo
 usage: ditlit COMMAND [--config FILE] [--KEY VALUE ...]
 
 commands:
+  encode    turn a folder of images into a latent store
   fit       train a DiT on a latent store
   validate  compute the loss on held-out latents
   test      the same on test latents
   predict   draw samples as PNG files
+  convert   bring weights from and to other formats
 
 Start with     ditlit fit --config digits.yaml      (two cores, a few minutes)
 See a recipe   ditlit fit --config xl2.yaml --print_config
 All settings   ditlit fit --help
 """
+
+# Commands that are a function whose keywords are the settings; the others are Lightning's.
+FUNCTIONS = {"encode": "ditlit.commands.encode", "convert": "ditlit.commands.convert"}
 
 
 def main() -> None:
@@ -26,16 +33,37 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
         print(USAGE)
         return
-    if sys.argv[1] == "--version":
+    command = sys.argv[1]
+    if command == "--version":
         print(__version__)
         return
-    from ditlit.cli import DitlitCLI  # after the cheap answers: it imports torch
-
     try:
-        DitlitCLI()
+        if command in FUNCTIONS:
+            settings = command_parser(command).parse_args(sys.argv[2:])
+            settings.pop("config")
+            command_function(command)(**settings.as_dict())
+        else:
+            from ditlit.cli import DitlitCLI  # after the cheap answers: it imports torch
+
+            DitlitCLI()
     except InputError as error:
         print(f"\nditlit: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def command_function(command: str) -> Callable[..., None]:
+    return getattr(import_module(FUNCTIONS[command]), command)
+
+
+def command_parser(command: str):
+    """The parser of a command that is a function: its keywords, explained by its docstring."""
+    from jsonargparse import ArgumentParser
+
+    function = command_function(command)
+    parser = ArgumentParser(prog=f"ditlit {command}", description=function.__doc__.split("\n\n    Args:")[0])
+    parser.add_argument("--config", action="config", help="YAML file of these settings")
+    parser.add_function_arguments(function, as_group=False)
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,0 +1,295 @@
+"""``ditlit encode``: from a folder of images to a latent store."""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from tqdm import tqdm
+
+from ditlit.data.audit import audit
+from ditlit.data.encoding import ShardEncoder, Written, plan, read_back
+from ditlit.data.folders import Folder, open_folder
+from ditlit.data.images import PREPROCESSING
+from ditlit.data.manifest import MANIFEST, Manifest, read_manifest
+from ditlit.data.shards import shard_name
+from ditlit.data.sources import ImageSource, open_images
+from ditlit.data.store import finish_store
+from ditlit.data.summary import summarize
+from ditlit.data.vae import Autoencoder
+from ditlit.errors import InputError
+
+SETTINGS = "encode.json"  # how the store is made, written first: a rerun must continue with the same
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+MOST_NAMED = 20  # broken files in a message
+
+
+def encode(
+    images: str | None = None,
+    out: str | None = None,
+    vae: str | None = None,
+    image_size: int = 256,
+    flips: bool = True,
+    batch_size: int = 64,
+    precision: Literal["32", "bf16", "fp16"] = "bf16",
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+    normalize: Literal["vae", "channel"] = "vae",
+    labels: str | None = None,
+    within: str | None = None,
+    skip_broken: bool = False,
+    shard_size: int = 4096,
+    shuffle: bool = True,
+    num_workers: int | None = None,
+    accelerator: str = "auto",
+    devices: str = "auto",
+    num_nodes: int = 1,
+    verify: str | None = None,
+) -> None:
+    """Encode images to a latent store.
+
+    Example: ditlit encode --images /data/imagenet/train --out /data/imagenet256-latents
+    --vae stabilityai/sd-vae-ft-ema
+
+    Continues where an earlier run was stopped, and ends with the same bytes on any number of devices. At the end it
+    prints what the store holds and draws contact-sheet.png, originals beside their decodes.
+
+    Args:
+        images: folder with one folder of images for each class, a tar archive or folder of archives (webdataset), or a
+            folder with a labels file.
+        out: folder or URL (s3://, gs://, hf://) of the store.
+        vae: folder or hub name of a diffusers autoencoder (AutoencoderKL, AutoencoderTiny, AutoencoderDC), or
+            ``pixels`` for none.
+        image_size: side in pixels of the square that is cut from the middle of each image.
+        flips: encode mirrored images too, which is not the same as mirroring latents.
+        batch_size: images that the VAE encodes at once on each device.
+        precision: in which the VAE computes.
+        dtype: in which latents are stored.
+        normalize: shift and scale of the latents: the VAE's own factors, or the measured mean and standard deviation of
+            each channel.
+        labels: CSV file of image name and class; by default labels.csv in the folder, where there is one.
+        within: encode only what lies in this folder of the tree or the archives.
+        skip_broken: leave out images that cannot be decoded, instead of ending with an error that names them.
+        shard_size: images in one file of the store.
+        shuffle: write images in a random order, so that readers of a few shards see all classes.
+        num_workers: processes on each device that decode images; by default one for each CPU core but one.
+        accelerator: cpu, gpu, or auto.
+        devices: number of devices of this machine, or auto: all GPUs, or one process on the CPU.
+        num_nodes: number of machines.
+        verify: instead of encoding, check every checksum, shape, label and number of this store.
+    """
+    if verify is not None:
+        check(verify)
+        return
+    for name, value in (("images", images), ("out", out), ("vae", vae)):
+        if value is None:
+            raise InputError(f"encode needs --{name}; see ditlit encode --help")
+    for name, value in (("image_size", image_size), ("batch_size", batch_size), ("shard_size", shard_size)):
+        if value < 1:
+            raise InputError(f"--{name} must be positive, got {value}")
+    source = open_images(images, labels, within)
+    folder = open_folder(out)
+    autoencoder = Autoencoder(vae)
+    settings = {
+        "images": listing_hash(source),
+        "image_size": image_size,
+        "preprocessing": PREPROCESSING,
+        "vae": autoencoder.entry,
+        "flips": flips,
+        "precision": precision,
+        "dtype": dtype,
+        "normalize": normalize,
+        "shard_size": shard_size,
+        "shuffle": shuffle,
+    }
+    files = folder.names()
+    check_settings(folder, files, settings)
+    if MANIFEST in files:
+        print(f"{out} is complete already; delete it to encode anew")
+        return
+
+    processes = {"devices": devices, "num_nodes": num_nodes} | torchrun()
+    fabric = Fabric(accelerator=accelerator, precision=PRECISIONS[precision], **processes)
+    fabric.launch()
+    if fabric.global_rank == 0:
+        folder.write(SETTINGS, json.dumps(settings, indent=1).encode())
+    fabric.barrier()
+    shards = dict(enumerate(plan(len(source), shard_size, shuffle)))
+    mine = share(sorted(k for k in shards if shard_name(k) in files), fabric)
+    done = gathered({k: read_back(folder, k, len(shards[k]), autoencoder.kind) for k in mine}, fabric)
+    done = {k: written for k, written in done.items() if written is not None}
+    encoder = ShardEncoder(
+        source,
+        folder,
+        autoencoder.to(fabric.device),
+        image_size,
+        flips,
+        getattr(torch, dtype),
+        batch_size,
+        workers(fabric.world_size // processes["num_nodes"]) if num_workers is None else num_workers,
+        skip_broken,
+        fabric.device,
+        fabric.autocast,
+    )
+    done |= encode_missing(encoder, {k: shards[k] for k in shards if k not in done}, len(source), fabric)
+    broken = gathered(encoder.broken, fabric)
+    if broken and not skip_broken:
+        if fabric.global_rank != 0:
+            sys.exit(2)  # the first rank says why
+        raise InputError(
+            f"{report(broken)}\nEvery shard without them is in {out}. Repair these files and run the command again, or "
+            "leave them out with --skip_broken true: what is written is kept"
+        )
+    if fabric.global_rank == 0:
+        written = [done[k] for k in sorted(done)]
+        skipped = {name: why for shard in written for name, why in shard.skipped.items()}
+        if len(skipped) == len(source):
+            raise InputError(f"none of the {len(source):,} images can be decoded: {report(skipped)}")
+        manifest = finish(folder, written, source, autoencoder, image_size, flips, normalize)
+        if skipped:
+            print(report(skipped))
+        summarize(folder, manifest, written, source, shards, autoencoder, fabric.device)
+    fabric.barrier()
+
+
+def check(location: str) -> None:
+    problems = audit(location)
+    if problems:
+        raise InputError(f"{location} is damaged:\n  " + "\n  ".join(problems))
+    manifest = read_manifest(open_folder(location))
+    print(
+        f"{location} is whole: {manifest.num_samples:,} samples in {len(manifest.shards)} shards, every checksum, shape, "
+        "label and number"
+    )
+
+
+def listing_hash(source: ImageSource) -> str:
+    """Identifies which images get which labels. Not their bytes: a broken file may be repaired between two runs."""
+    digest = hashlib.sha256()
+    for i, label in enumerate(source.labels.tolist()):
+        digest.update(f"{source.name(i)}\0{label}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def check_settings(folder: Folder, files: set[str], settings: dict[str, Any]) -> None:
+    """Refuse to continue a store with other images or settings than it was begun with."""
+    if SETTINGS not in files:
+        if MANIFEST in files or any(name.startswith("shard-") for name in files):
+            raise InputError(
+                f"{folder.location(SETTINGS)} is missing: the store there was made otherwise; choose another folder"
+            )
+        return
+    try:
+        begun = json.loads(folder.read(SETTINGS))
+    except ValueError:
+        begun = {}
+    # The same weights may lie in another place now.
+    comparable = [{k: (v or {}).get("hash") if k == "vae" else v for k, v in s.items()} for s in (begun, settings)]
+    if comparable[0] != comparable[1]:
+        names = [name for name in settings if comparable[0].get(name) != comparable[1][name]]
+        raise InputError(
+            f"{folder.location(SETTINGS)} says that this store was begun with other {', '.join(names)}: give the same "
+            "again to continue it, choose another folder, or delete it"
+        )
+
+
+def torchrun() -> dict[str, Any]:
+    """Under torchrun its own numbers of processes and machines hold."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return {}
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    return {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local}
+
+
+def workers(num_devices: int) -> int:
+    """Decoding processes for each device of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, (cores - 1) // num_devices)
+
+
+def share(items: list[int], fabric: Fabric) -> list[int]:
+    return items[fabric.global_rank :: fabric.world_size]
+
+
+def gathered(part: dict, fabric: Fabric) -> dict:
+    """The union of the dicts of all ranks, on all ranks."""
+    if fabric.world_size == 1:
+        return part
+    parts: list[dict] = [{}] * fabric.world_size
+    dist.all_gather_object(parts, part)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def encode_missing(
+    encoder: ShardEncoder, shards: dict[int, np.ndarray], num_images: int, fabric: Fabric
+) -> dict[int, Written]:
+    """Encode this rank's part of the shards; returns those of all ranks."""
+    mine = {k: shards[k] for k in share(list(shards), fabric)}
+    todo, my_images = (sum(len(i) for i in s.values()) for s in (shards, mine))
+    written = {}
+    start, encoded = time.perf_counter(), 0
+    name = f"encoding on {fabric.world_size} devices" if fabric.world_size > 1 else "encoding"
+    silent = fabric.global_rank != 0
+    with tqdm(total=num_images, initial=num_images - todo, desc=name, unit=" images", disable=silent) as bar:
+
+        def advance(n: int) -> None:
+            # Shards are dealt out evenly, so the other ranks are taken to be as far as this one.
+            nonlocal encoded
+            before, encoded = encoded, encoded + n
+            bar.update(todo * encoded // my_images - todo * before // my_images)
+
+        for number, shard in encoder.run(mine, advance):
+            written[number] = shard
+    seconds = time.perf_counter() - start
+    if mine and not silent:
+        busy = 1 - encoder.waited / seconds
+        print(f"{todo / seconds:,.1f} images/s; the VAE was busy {busy:.0%} of the time")
+    return gathered(written, fabric)
+
+
+def finish(
+    folder: Folder,
+    written: list[Written],
+    source: ImageSource,
+    vae: Autoencoder,
+    image_size: int,
+    flips: bool,
+    normalize: str,
+) -> Manifest:
+    """Write the labels and the manifest, which make the shards a store."""
+    labels = torch.cat([shard.labels for shard in written])
+    channels, h, w = written[0].shape
+    if vae.kind == "moments":
+        channels //= 2
+    shift, scale = vae.shift, vae.scale
+    if normalize == "channel":
+        first, second = sum(shard.sums for shard in written) / (len(labels) * (1 + flips) * h * w)
+        shift, scale = first.tolist(), (1 / np.sqrt(second - first**2)).tolist()
+    manifest = Manifest(
+        vae.kind,
+        (channels, h, w),
+        source.num_classes,
+        [shard.shard for shard in written],
+        shift=shift,
+        scale=scale,
+        flipped=flips,
+        class_names=source.class_names,
+        image_size=image_size,
+        preprocessing=PREPROCESSING,
+        vae=vae.entry,
+    )
+    finish_store(folder, manifest, labels)
+    return manifest
+
+
+def report(broken: dict[str, str]) -> str:
+    names = sorted(broken)
+    lines = [f"  {name}: {broken[name]}" for name in names[:MOST_NAMED]]
+    if len(names) > MOST_NAMED:
+        lines.append(f"  and {len(names) - MOST_NAMED} more")
+    return f"{len(names)} images cannot be decoded:\n" + "\n".join(lines)

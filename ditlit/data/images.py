@@ -1,0 +1,61 @@
+"""From the bytes of an image file to the pixels that everything sees: encoding, and real images in evaluation."""
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+PREPROCESSING = "EXIF rotation, alpha over white, RGB, halved by box filter, bicubic to the short side, centre crop"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+
+
+class BrokenImage(Exception):
+    """An image file that cannot be decoded; the message says why."""
+
+
+def preprocess(data: bytes, size: int) -> Tensor:
+    """Decode an image file, crop and resize it: bytes (3, size, size).
+
+    Raises:
+        BrokenImage: where the file is no image, truncated, absurdly large, or of a kind without a common 8-bit meaning.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF tags, which do not matter
+            image = center_crop(decode(data), size)
+    except BrokenImage:
+        raise
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, DecompressionBombError
+        raise BrokenImage(f"{type(error).__name__}: {error}") from None
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, size, size)
+
+
+def decode(data: bytes) -> Image.Image:
+    """The image in 8-bit RGB, upright. Transparent parts show white; 16-bit greys keep their upper byte."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode.startswith("I"):  # 16 bits a pixel, in 16 or 32 depending on the format
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise BrokenImage(f"grey values from {grey.min()} to {grey.max()} do not fit 16 bits")
+        image = Image.fromarray(np.round(grey / 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise BrokenImage("floating-point pixels have no fixed range; convert the file to 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The central square, ``size`` pixels a side, as Dhariwal & Nichol (2021) cut it: halve with a box filter while
+    the short side is at least twice too long, go the rest with a bicubic filter, cut out the middle.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
