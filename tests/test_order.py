@@ -1,11 +1,11 @@
 """The order of samples: exact shuffles, the same for any number of ranks, continued where a run stopped."""
 
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
 
-from ditlit.data.sampler import EvalOrder, TrainOrder
+from ditlit.data.sampler import EvalOrder, ShuffleWindows, TrainOrder
 from ditlit.errors import InputError
 
 
@@ -75,3 +75,58 @@ def test_evaluation_visits_every_sample_once_with_equal_work_for_all_ranks(n, ra
     assert all(len(part) == len(EvalOrder(n, 2, ranks, 0)) for part in parts)
     visited = [i for part in parts for index, valid in part for i in index[valid].tolist()]
     assert sorted(visited) == list(range(n))
+
+
+SHARDS = torch.arange(60) // 5  # 12 shards of 5 samples
+
+
+def windowed(size=3, prefetch=lambda shards: None, **settings):
+    settings = dict(batch=6, ranks=1, rank=0, accumulate=1, step=0) | settings
+    return TrainOrder(
+        60, settings["batch"], settings["ranks"], settings["rank"], settings["accumulate"], 0, True,
+        lambda: settings["step"], windows=ShuffleWindows(SHARDS, size, prefetch),
+    )  # fmt: skip
+
+
+def test_windows_confine_the_shards_of_a_stretch_of_samples():
+    order = windowed()
+    groupings = set()
+    for epoch in range(5):
+        index, _ = order.permutation(epoch)
+        assert index.sort().values.tolist() == list(range(60))
+        stretches = [frozenset(SHARDS[part].tolist()) for part in index.split(15)]
+        assert [len(shards) for shards in stretches] == [3] * 4
+        groupings.update(stretches)
+        assert (SHARDS[index].diff() != 0).sum() > 30  # samples of a window are mixed, not read shard by shard
+    assert len(groupings) > 10
+
+
+def test_samples_of_a_window_are_exchangeable():
+    order = windowed()
+    places = torch.stack([order.permutation(epoch)[0].argsort() for epoch in range(400)])  # (epochs, samples)
+    assert (places % 15).double().mean(0).sub(7).abs().max() < 4 * 4.32 / 400**0.5  # uniform on 0..14: std 4.32
+    assert places.double().mean(0).sub(29.5).abs().max() < 4 * 17.3 / 400**0.5
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), [(2, 1), (3, 2)])
+def test_a_windowed_step_sees_the_same_samples_on_any_number_of_ranks(ranks, accumulate):
+    one = batches(windowed(), 14)
+    parts = [batches(windowed(ranks=ranks, rank=r, accumulate=accumulate), 14 * accumulate) for r in range(ranks)]
+    for step, (index, flip) in enumerate(one):
+        pieces = [parts[r][step * accumulate + m] for m in range(accumulate) for r in range(ranks)]
+        assert torch.equal(torch.cat([i for i, _ in pieces]), index)
+        assert torch.equal(torch.cat([f for _, f in pieces]), flip)
+    rest = batches(windowed(step=4), 10)
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(one[4:], rest, strict=True))
+
+
+def test_at_most_two_windows_are_wanted_and_all_that_a_batch_needs_was_wanted_before():
+    wanted = []
+    order = iter(windowed(prefetch=wanted.append, batch=5))
+    for _ in range(12 * 4):
+        index, _ = next(order)
+        assert set(SHARDS[index].tolist()) <= set(wanted[-1][:3])
+    assert all(len(shards) == len(set(shards)) <= 6 for shards in wanted)
+    assert len(wanted) == 4 * 4  # one call for each window of each epoch
+    for now, then in pairwise(wanted):
+        assert set(then[:3]) <= set(now)

@@ -2,11 +2,16 @@
 
 import json
 import os
+import pickle
 
 import pytest
 import torch
 
-from ditlit.data.store import LatentStore, write_store
+from ditlit.data.audit import audit
+from ditlit.data.folders import open_folder
+from ditlit.data.manifest import Manifest
+from ditlit.data.shards import write_shard
+from ditlit.data.store import LatentStore, finish_store, write_store
 from ditlit.errors import InputError
 
 N, C, H, W, K = 23, 2, 4, 6, 5
@@ -68,12 +73,19 @@ def test_writing_is_deterministic_and_leaves_no_temporary_files(folder, tmp_path
 def test_verification_is_remembered_until_a_file_changes(folder):
     store = LatentStore(folder)
     store.verify()
-    shard = folder / "shard-00001.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[-200] ^= 1
-    shard.write_bytes(data)
+    change(folder / "shard-00001.safetensors", -200)
     with pytest.raises(InputError, match=r"shard-00001.safetensors is corrupt: its SHA-256"):
         LatentStore(folder).verify()
+
+
+def change(path, place):
+    """Change one byte, or those of a slice to ones."""
+    data = bytearray(path.read_bytes())
+    if isinstance(place, slice):
+        data[place] = b"\xff" * len(data[place])
+    else:
+        data[place] ^= 1
+    path.write_bytes(data)
 
 
 def edit_manifest(folder, **changes):
@@ -98,6 +110,9 @@ DAMAGE = {
     "bad scale": (lambda f: edit_manifest(f, scale=[1, 2, 3]), "manifest.json is damaged"),
     "parent folder": (lambda f: point_outside(f, "../shard-00000.safetensors"), "leads out of its folder"),
     "absolute path": (lambda f: point_outside(f, "/etc/passwd"), "leads out of its folder"),
+    "missing labels": (lambda f: (f / "labels.safetensors").unlink(), "labels.safetensors is missing"),
+    "changed labels": (lambda f: change(f / "labels.safetensors", -3), "labels.safetensors is corrupt: its SHA-256"),
+    "other class names": (lambda f: edit_manifest(f, class_names=["a"]), "manifest.json is damaged"),
     "missing shard": (lambda f: (f / "shard-00001.safetensors").unlink(), "shard-00001.safetensors is missing"),
     "truncated shard": (
         lambda f: os.truncate(f / "shard-00001.safetensors", 300),
@@ -144,3 +159,88 @@ def test_bad_arrays_are_refused_and_nothing_is_written(tmp_path, changes, messag
 def test_a_store_is_not_written_over(folder):
     with pytest.raises(InputError, match="already holds a latent store"):
         write_store(folder, *arrays(), K)
+
+
+def test_shards_may_be_empty(tmp_path):
+    latents, labels = arrays()
+    folder = open_folder(tmp_path)
+    parts = [slice(0, 0), slice(0, 9), slice(9, 9), slice(9, N), slice(N, N)]
+    shards = [
+        write_shard(folder, number, {"latents": latents[part], "labels": labels[part]}, {"number": str(number)})
+        for number, part in enumerate(parts)
+    ]
+    finish_store(folder, Manifest("latents", (C, H, W), K, shards), labels)
+    index = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    batch = LatentStore(tmp_path).gather(index)
+    assert torch.equal(batch["latents"], latents[index]) and torch.equal(batch["labels"], labels[index])
+    assert audit(tmp_path) == []
+
+
+def test_a_store_is_finished_only_with_its_own_labels(tmp_path):
+    latents, labels = arrays()
+    folder = open_folder(tmp_path)
+    manifest = Manifest("latents", (C, H, W), K, [write_shard(folder, 0, {"latents": latents, "labels": labels})])
+    with pytest.raises(InputError, match="has 23 samples in shards, 22 labels"):
+        finish_store(folder, manifest, labels[1:])
+    with pytest.raises(InputError, match="labels run from 1 to 5"):
+        finish_store(folder, manifest, labels + 1)
+    assert "manifest.json" not in folder.names()
+
+
+def test_older_stores_have_their_labels_in_the_shards_alone(folder):
+    (folder / "labels.safetensors").unlink()
+    content = json.loads((folder / "manifest.json").read_text())
+    del content["labels"]
+    (folder / "manifest.json").write_text(json.dumps(content))
+    assert torch.equal(LatentStore(folder).labels, arrays()[1])
+    assert audit(folder) == []
+    edit_manifest(folder, num_classes=3)
+    with pytest.raises(InputError, match=r"labels run from 0 to 4.* in 0..2"):
+        LatentStore(folder)
+
+
+def test_another_process_opens_the_store_instead_of_copying_it(folder):
+    data = pickle.dumps(LatentStore(folder))
+    assert len(data) < 300
+    assert torch.equal(pickle.loads(data).gather(torch.arange(N))["latents"], arrays()[0])
+
+
+def test_an_audit_collects_everything_that_is_wrong(tmp_path):
+    latents, labels = arrays()
+    flipped, _ = arrays(seed=1)
+    write_store(tmp_path, latents, labels, K, flipped, shard_size=5)
+    assert audit(tmp_path) == []
+    shards = [tmp_path / f"shard-{i:05d}.safetensors" for i in range(5)]
+    last = C * H * W * 2  # bytes of a sample
+    content = shards[0].read_bytes()
+    first = content.index(latents[0].numpy().tobytes())
+    change(shards[0], slice(first, first + 6))  # three NaN
+    change(shards[1], shards[1].read_bytes().index(flipped[5].numpy().tobytes()) + last - 2)
+    shards[2].unlink()
+    os.truncate(shards[3], 100)
+    change(shards[4], content.index(labels[:5].numpy().tobytes()))  # label 0 becomes 1
+    problems = audit(tmp_path)
+    expected = [
+        r"shard-00000.safetensors is corrupt: its SHA-256",
+        r"shard-00000.safetensors: 3 of 240 numbers in latents are NaN or Inf",
+        r"shard-00001.safetensors is corrupt: its SHA-256",
+        r"shard-00002.safetensors is missing",
+        r"shard-00003.safetensors has 100 bytes where the manifest says",
+        r"shard-00004.safetensors is corrupt: its SHA-256",
+        r"shard-00004.safetensors: 1 of 3 labels differ from those in labels.safetensors",
+    ]
+    assert len(problems) == len(expected)
+    assert all(text in problem for text, problem in zip(expected, problems, strict=True))
+
+
+def test_an_audit_finds_labels_out_of_range_and_mixed_types(tmp_path):
+    folder = open_folder(tmp_path)
+    latents, labels = arrays()
+    shards = [write_shard(folder, i, {"latents": latents.to(t), "labels": labels + 2 * i})
+              for i, t in enumerate((torch.float16, torch.bfloat16))]  # fmt: skip
+    finish_store(folder, Manifest("latents", (C, H, W), K, shards), torch.cat([labels, labels]))
+    problems = audit(tmp_path)
+    assert len(problems) == 3
+    assert "shard-00001.safetensors: labels run from 2 to 6, but must lie in 0..4" in problems[0]
+    assert "23 of 23 labels differ" in problems[1]
+    assert "torch.float16 in shard-00000.safetensors, torch.bfloat16 in shard-00001.safetensors" in problems[2]

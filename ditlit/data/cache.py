@@ -6,11 +6,10 @@ import os
 import re
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 from filelock import FileLock
 
@@ -19,10 +18,9 @@ from ditlit.data.manifest import Shard
 from ditlit.data.shards import check_size, check_sum, file_sha256
 from ditlit.errors import InputError
 
-T = TypeVar("T")
 DEFAULT_FOLDER = "~/.cache/ditlit/shards"
 FETCHERS = 4  # threads of one process that read ahead
-PATIENCE = 120.0  # seconds to wait for other processes to let go of their shards
+PATIENCE = 60.0  # seconds to wait for shards that other processes read or fetch to make room
 POLL = 0.1
 
 
@@ -31,23 +29,22 @@ class ShardCache:
 
     A file is named by its SHA-256, so that it serves every store, run and process that wants these bytes. It is fetched
     once a machine, verified, and appears whole. Those used longest ago make room for others, except the ones that a
-    process has open (a deleted file keeps its space on the disk while it is mapped) or has asked to be read ahead.
+    process is reading (a deleted file keeps its space on the disk while it is mapped) or has asked to be read ahead.
+    A process that reads a shard waits for nothing meanwhile, so that processes cannot lock each other out.
 
     Works across threads, forks and processes: locks are on files, and vanish with the process that holds them.
 
     Args:
         folder: on a local disk; created if absent.
         size_gb: bound in gigabytes (1e9 bytes), downloads under way included.
-        max_open: shards that one process keeps open.
 
     Raises:
         InputError: for a folder that cannot be written, or a size that is not positive.
     """
 
-    def __init__(self, folder: str | Path = DEFAULT_FOLDER, size_gb: float = 50, max_open: int = 8):
+    def __init__(self, folder: str | Path = DEFAULT_FOLDER, size_gb: float = 50):
         self.folder = Path(folder).expanduser()
         self.num_bytes = int(size_gb * 1e9)
-        self.max_open = max_open
         if self.num_bytes <= 0:
             raise InputError(f"the cache needs a positive size in gigabytes, got {size_gb}")
         try:
@@ -56,27 +53,20 @@ class ShardCache:
                 pass
         except (OSError, NotImplementedError) as error:
             raise InputError(f"cannot write to the cache {self.folder} ({error}); choose another cache_dir") from error
-        self._open: OrderedDict[str, tuple[BinaryIO, object]] = OrderedDict()  # least recently used first
-        self._opening = threading.Lock()
         self._ahead: ReadAhead | None = None
 
     def __reduce__(self) -> tuple:
-        return ShardCache, (self.folder, self.num_bytes / 1e9, self.max_open)
+        return ShardCache, (self.folder, self.num_bytes / 1e9)
 
-    def open(self, folder: RemoteFolder, shard: Shard, read: Callable[[Path], T]) -> T:
-        """What ``read`` makes of the shard's local path; kept, with the file, while it is one of the last used.
+    @contextlib.contextmanager
+    def open(self, folder: RemoteFolder, shard: Shard) -> Iterator[Path]:
+        """The shard's local path, which no process deletes before the context ends.
 
         Raises:
             InputError: where the shard is missing, or damaged or out of reach after several attempts; names its URL.
         """
-        with self._opening:
-            if shard.sha256 not in self._open:
-                while len(self._open) >= self.max_open:
-                    self._let_go()
-                file = self._fetch(folder, shard)
-                self._open[shard.sha256] = (file, read(self.folder / shard.sha256))
-            self._open.move_to_end(shard.sha256)
-            return self._open[shard.sha256][1]
+        with self._fetch(folder, shard):
+            yield self.folder / shard.sha256
 
     def prefetch(self, shards: Sequence[tuple[RemoteFolder, Shard]]) -> None:
         """Fetch shards in the background, in this order. Until the next call they are the last to make room for others.
@@ -88,10 +78,7 @@ class ShardCache:
         self._ahead.want(shards)
 
     def close(self) -> None:
-        """Let go of all shards, and fetch no more ahead."""
-        with self._opening:
-            while self._open:
-                self._let_go()
+        """Fetch no more ahead."""
         if self._ahead is not None:
             self._ahead.want([])
 
@@ -104,11 +91,7 @@ class ShardCache:
             file = self._hold(shard)
             if file is not None:
                 return file
-            if self._download(folder, shard, sacrifice=True):
-                continue
-            if self._open:  # our own shards may be what is in the way
-                self._let_go()
-            else:
+            if not self._download(folder, shard, sacrifice=True):
                 if time.monotonic() > deadline:
                     raise InputError(
                         f"the cache {self.folder} has no room for {folder.location(shard.file)}: its "
@@ -117,13 +100,8 @@ class ShardCache:
                 time.sleep(POLL)
 
     def _fetch_ahead(self, folder: RemoteFolder, shard: Shard) -> bool:
-        """Like ``_fetch``, but leaves the file closed; false where there is no room yet."""
+        """Make the shard be there; false where there is no room yet."""
         return (self.folder / shard.sha256).exists() or self._download(folder, shard, sacrifice=False)
-
-    def _let_go(self) -> None:
-        """Close the shard used longest ago; the memory map goes with the last array that looks into it."""
-        file, _ = self._open.popitem(last=False)[1]
-        file.close()
 
     def _hold(self, shard: Shard) -> BinaryIO | None:
         """The shard's file with a shared lock, marked as just used; None where it is not there."""

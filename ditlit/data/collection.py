@@ -73,9 +73,9 @@ class StoreCollection:
         if wanted := [(store.folder, shard) for store, shard in remote if store.cache is not None]:
             next(store for store in self.stores if store.cache is not None).cache.prefetch(wanted)
 
-    def remote_bytes(self, rows: Tensor) -> list[int]:
-        """Sizes of the shards that hold these rows (n,) and lie in remote stores, the largest first."""
-        pairs = [self._shard(i) for i in self.shard_of[rows].unique().tolist()]
+    def remote_bytes(self, shards: Tensor) -> list[int]:
+        """Sizes of those of the shards (m,) that lie in remote stores, the largest first."""
+        pairs = map(self._shard, shards.tolist())
         return sorted((shard.num_bytes for store, shard in pairs if store.cache is not None), reverse=True)
 
     def _shard(self, number: int) -> tuple[LatentStore, Shard]:

@@ -106,7 +106,7 @@ class LatentDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if any(is_remote(location) for location in (*self.locations, self.val_store) if location is not None):
-            self._cache = ShardCache(self.cache_dir, self.cache_size_gb, self.shuffle_window or REMOTE_WINDOW)
+            self._cache = ShardCache(self.cache_dir, self.cache_size_gb)
         store = self._open(self.locations)
         num_samples = len(store) if store.rows is None else len(store.rows)
         if not 0 <= self.val_size < num_samples:
@@ -205,18 +205,17 @@ class LatentDataModule(LightningDataModule):
         return StoreCollection([LatentStore(location, self._cache) for location in locations], self.classes)
 
     def _check_cache(self) -> None:
-        """Two windows are wanted at a time, and as much again for validation as a process keeps open."""
+        """Two windows are wanted at a time, and a shard of validation."""
         if self._cache is None:
             return
-        sizes = self._train.store.remote_bytes(self._train.pick(torch.arange(len(self._train.store))))
-        needed = sum(sizes[: 2 * (self.shuffle_window or REMOTE_WINDOW)])
+        sizes = self._train.remote_bytes()
+        needed = sum(sizes[: 2 * self.shuffle_window]) if self.shuffle_window else 0
         if self._val is not None:
-            sizes = self._val.store.remote_bytes(self._val.pick(torch.arange(len(self._val.store))))
-            needed += sum(sizes[: self._cache.max_open])
+            needed += sum(self._val.remote_bytes()[:1])
         if needed > self._cache.num_bytes:
             raise InputError(
                 f"a cache of {self.cache_size_gb:g} GB cannot hold two shuffle windows of {self.shuffle_window} shards "
-                f"and those of validation; set cache_size_gb to {needed / 1e9:.3g} at least, or lower shuffle_window"
+                f"and a shard of validation; set cache_size_gb to {needed / 1e9:.3g} at least, or lower shuffle_window"
             )
 
     def _eval_order(self, num_samples: int) -> EvalOrder:

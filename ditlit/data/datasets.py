@@ -23,6 +23,10 @@ class LatentDataset(Dataset):
         """Of values (n,) for every sample of the stores, those of this data set's samples."""
         return values if self.subset is None else values[self.subset]
 
+    def remote_bytes(self) -> list[int]:
+        """Sizes of the remote shards that hold its samples, the largest first."""
+        return self.store.remote_bytes(self.pick(self.store.shard_of).unique())
+
 
 class TrainDataset(LatentDataset):
     def __getitem__(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

@@ -27,7 +27,6 @@ from ditlit.data.cache import ShardCache
 from ditlit.data.folders import Folder, LocalFolder, open_folder, write_atomically
 from ditlit.data.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from ditlit.data.shards import (
-    GATHER_DTYPES,
     ShardArrays,
     check_labels,
     check_size,
@@ -194,13 +193,12 @@ class LatentStore:
         groups = 2 * shard_of[order] + stored_flips[order]
         out, dtype = None, None
         for part in np.split(order, np.flatnonzero(np.diff(groups)) + 1):
-            arrays = self._arrays(shard_of[part[0]])
+            values, its_dtype = self._read(shard_of[part[0]], bool(stored_flips[part[0]]), offsets[part])
             if out is None:
-                dtype = arrays.dtype
-                out = np.empty((len(rows), *arrays.latents.shape[1:]), GATHER_DTYPES[dtype.itemsize])
-            if arrays.dtype != dtype:
-                raise InputError(f"the shards of {self.location} hold different number types: {dtype}, {arrays.dtype}")
-            out[part] = (arrays.flipped if stored_flips[part[0]] else arrays.latents)[offsets[part]]
+                out, dtype = np.empty((len(rows), *values.shape[1:]), values.dtype), its_dtype
+            if its_dtype != dtype:
+                raise InputError(f"the shards of {self.location} hold different number types: {dtype}, {its_dtype}")
+            out[part] = values
         latents = torch.from_numpy(out).view(dtype)
         mirror = torch.from_numpy(flips & ~stored_flips)
         if mirror.any():
@@ -247,11 +245,15 @@ class LatentStore:
             raise InputError(f"the shards of {self.location} hold different number types: {sorted(map(str, dtypes))}")
         return mapped
 
-    def _arrays(self, number: int) -> ShardArrays:
+    def _read(self, number: int, flipped: bool, offsets: np.ndarray) -> tuple[np.ndarray, torch.dtype]:
+        """Copies of a shard's samples at ``offsets`` (m,), as bits, and their number type."""
         if self._mapped is not None:
-            return self._mapped[number]
+            arrays = self._mapped[number]
+            return (arrays.flipped if flipped else arrays.latents)[offsets], arrays.dtype
         shard = self.manifest.shards[number]
-        return self.cache.open(self.folder, shard, lambda path: map_shard(path, shard, self.manifest))
+        with self.cache.open(self.folder, shard) as path:
+            arrays = map_shard(path, shard, self.manifest)
+            return (arrays.flipped if flipped else arrays.latents)[offsets], arrays.dtype
 
 
 def per_channel(values: Sequence[float], channels: int) -> Tensor:
