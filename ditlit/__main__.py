@@ -17,6 +17,7 @@ commands:
   validate  compute the loss on held-out latents
   test      the same on test latents
   predict   draw samples as PNG files
+  sample    draw images from any checkpoint, in any way
   convert   bring weights from and to other formats
 
 Start with     ditlit fit --config digits.yaml      (two cores, a few minutes)
@@ -25,7 +26,7 @@ All settings   ditlit fit --help
 """
 
 # Commands that are a function whose keywords are the settings; the others are Lightning's.
-FUNCTIONS = {"encode": "ditlit.commands.encode", "convert": "ditlit.commands.convert"}
+FUNCTIONS = {name: f"ditlit.commands.{name}" for name in ("encode", "sample", "convert")}
 
 
 def main() -> None:

@@ -12,9 +12,12 @@ MAY_IMPORT = {
     "errors": set(),
     "models": {"errors"},
     "diffusion": {"errors"},
-    "data": {"errors"},
+    "pictures": {"errors"},
+    "data": {"errors", "pictures"},
     "checkpoints": {"errors", "models", "diffusion"},
-    "training": {"errors", "models", "diffusion", "data", "checkpoints"},
+    "generation": {"errors", "diffusion", "data", "pictures"},
+    "training": {"errors", "models", "diffusion", "data", "checkpoints", "pictures"},
+    "commands": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "generation"},
 }
 TOP = {"cli", "__main__", "__init__"}
 

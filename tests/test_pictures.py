@@ -9,9 +9,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ditlit.data import DigitsDataModule, LatentDataModule, write_store
-from ditlit.data.vae import load_decoder, to_uint8, weights_hash
+from ditlit.data.vae import load_decoder, weights_hash
 from ditlit.errors import InputError
 from ditlit.models import DiT
+from ditlit.pictures import to_uint8
 from ditlit.training import SampleGrid
 
 

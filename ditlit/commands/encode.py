@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.fabric import Fabric
-from tqdm import tqdm
 
+from ditlit.commands.processes import Progress, gathered, launch, share
 from ditlit.data.audit import audit
 from ditlit.data.encoding import ShardEncoder, Written, plan, read_back
 from ditlit.data.folders import Folder, open_folder
@@ -113,9 +112,7 @@ def encode(
         print(f"{out} is complete already; delete it to encode anew")
         return
 
-    processes = {"devices": devices, "num_nodes": num_nodes} | torchrun()
-    fabric = Fabric(accelerator=accelerator, precision=PRECISIONS[precision], **processes)
-    fabric.launch()
+    fabric, on_this_machine = launch(accelerator, devices, num_nodes, PRECISIONS[precision])
     if fabric.global_rank == 0:
         folder.write(SETTINGS, json.dumps(settings, indent=1).encode())
     fabric.barrier()
@@ -131,7 +128,7 @@ def encode(
         flips,
         getattr(torch, dtype),
         batch_size,
-        workers(fabric.world_size // processes["num_nodes"]) if num_workers is None else num_workers,
+        workers(on_this_machine) if num_workers is None else num_workers,
         skip_broken,
         fabric.device,
         fabric.autocast,
@@ -163,8 +160,8 @@ def check(location: str) -> None:
         raise InputError(f"{location} is damaged:\n  " + "\n  ".join(problems))
     manifest = read_manifest(open_folder(location))
     print(
-        f"{location} is whole: {manifest.num_samples:,} samples in {len(manifest.shards)} shards, every checksum, shape, "
-        "label and number"
+        f"{location} is whole: {manifest.num_samples:,} samples in {len(manifest.shards)} shards, every checksum, "
+        "shape, label and number"
     )
 
 
@@ -198,31 +195,10 @@ def check_settings(folder: Folder, files: set[str], settings: dict[str, Any]) ->
         )
 
 
-def torchrun() -> dict[str, Any]:
-    """Under torchrun its own numbers of processes and machines hold."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return {}
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    return {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local}
-
-
 def workers(num_devices: int) -> int:
     """Decoding processes for each device of this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, (cores - 1) // num_devices)
-
-
-def share(items: list[int], fabric: Fabric) -> list[int]:
-    return items[fabric.global_rank :: fabric.world_size]
-
-
-def gathered(part: dict, fabric: Fabric) -> dict:
-    """The union of the dicts of all ranks, on all ranks."""
-    if fabric.world_size == 1:
-        return part
-    parts: list[dict] = [{}] * fabric.world_size
-    dist.all_gather_object(parts, part)
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def encode_missing(
@@ -232,21 +208,12 @@ def encode_missing(
     mine = {k: shards[k] for k in share(list(shards), fabric)}
     todo, my_images = (sum(len(i) for i in s.values()) for s in (shards, mine))
     written = {}
-    start, encoded = time.perf_counter(), 0
-    name = f"encoding on {fabric.world_size} devices" if fabric.world_size > 1 else "encoding"
-    silent = fabric.global_rank != 0
-    with tqdm(total=num_images, initial=num_images - todo, desc=name, unit=" images", disable=silent) as bar:
-
-        def advance(n: int) -> None:
-            # Shards are dealt out evenly, so the other ranks are taken to be as far as this one.
-            nonlocal encoded
-            before, encoded = encoded, encoded + n
-            bar.update(todo * encoded // my_images - todo * before // my_images)
-
-        for number, shard in encoder.run(mine, advance):
+    start = time.perf_counter()
+    with Progress("encoding", num_images, num_images - todo, my_images, fabric) as progress:
+        for number, shard in encoder.run(mine, progress.advance):
             written[number] = shard
     seconds = time.perf_counter() - start
-    if mine and not silent:
+    if mine and fabric.global_rank == 0:
         busy = 1 - encoder.waited / seconds
         print(f"{todo / seconds:,.1f} images/s; the VAE was busy {busy:.0%} of the time")
     return gathered(written, fabric)

@@ -9,14 +9,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 from ditlit.data.encoding import Written
 from ditlit.data.folders import Folder
 from ditlit.data.images import preprocess
 from ditlit.data.manifest import Manifest
 from ditlit.data.sources import ImageSource
-from ditlit.data.vae import Autoencoder, to_uint8
+from ditlit.data.vae import Autoencoder
+from ditlit.pictures import grid_of, to_uint8
 
 ROUND_TRIPS = 8
 CONTACT_SHEET = "contact-sheet.png"
@@ -113,5 +113,5 @@ def save_contact_sheet(folder: Folder, originals: Tensor, decoded: Tensor) -> No
     """Each original with its decode to the right, four pairs a row."""
     pairs = torch.stack([originals, decoded], 1).flatten(0, 1)
     file = io.BytesIO()
-    to_pil_image(make_grid(pairs, nrow=8, padding=2, pad_value=255)).save(file, format="PNG")
+    to_pil_image(grid_of(pairs, 8, min_side=1)).save(file, format="PNG")
     folder.write(CONTACT_SHEET, file.getvalue())

@@ -96,6 +96,16 @@ class Autoencoder:
             ) from error
         self.kind = "moments" if hasattr(probe, "latent_dist") else "latents"
 
+    def tile(self) -> None:
+        """Decode in tiles from now on: less memory, and seams may show.
+
+        Raises:
+            InputError: where the autoencoder cannot.
+        """
+        if not hasattr(self.model, "enable_tiling"):
+            raise InputError(f"{type(self.model).__name__} cannot decode in tiles; lower --decode_batch_size instead")
+        self.model.enable_tiling()
+
     def to(self, device: torch.device) -> "Autoencoder":
         if self.model is not None:
             self.model.to(device)
@@ -125,29 +135,28 @@ class Autoencoder:
         return self.model.decode(latents.float()).sample.float().clamp(-1, 1)
 
 
-def load_decoder(vae: dict[str, Any] | None, source: str | None, device: torch.device) -> Decoder:
-    """The decoder of the VAE that a store's manifest names; None there means that latents are pixels.
+def load_autoencoder(vae: dict[str, Any] | None, source: str | None = None) -> Autoencoder:
+    """The VAE that a store's manifest or a checkpoint names; None there means that latents are pixels.
 
     Args:
-        vae: the manifest's entry: source and hash.
+        vae: the entry there: source and hash.
         source: where to load it from instead, for example a local copy.
-        device: to decode on.
 
     Raises:
-        InputError: where it cannot be loaded, or its weights are not those that encoded the store.
+        InputError: where it cannot be loaded, or its weights are not those that encoded the latents.
     """
     if vae is None and source not in (None, PIXELS):
         raise InputError(f"the latents of this store are pixels; remove the setting vae: {source!r}")
     loaded = Autoencoder(PIXELS if vae is None else source or vae["source"])
-    if vae is not None and "hash" in vae and loaded.entry["hash"] != vae["hash"]:
+    if vae is not None and "hash" in vae and (loaded.entry or {}).get("hash") != vae["hash"]:
+        found = (loaded.entry or {}).get("hash", "none: pixels")
         raise InputError(
             f"the VAE {source or vae['source']!r} is not the one that encoded this store: its weights hash to "
-            f"{loaded.entry['hash'][:16]}..., the manifest says {vae['hash'][:16]}...; give the right one with the "
-            "setting vae"
+            f"{found[:16]}..., the manifest says {vae['hash'][:16]}...; give the right one with the setting vae"
         )
-    return loaded.to(device).decode
+    return loaded
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as bytes, rounded: truncating would darken every picture by half a grey level."""
-    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
+def load_decoder(vae: dict[str, Any] | None, source: str | None, device: torch.device) -> Decoder:
+    """The decoder of that VAE, on a device; arguments and errors as for :func:`load_autoencoder`."""
+    return load_autoencoder(vae, source).to(device).decode

@@ -139,7 +139,7 @@ class Sampling:
     """How samples are drawn.
 
     Args:
-        sampler: ddpm or ddim.
+        sampler: ddpm, ddim, or a fast solver of diffusers: dpm++, unipc or deis.
         num_steps: number of denoising steps.
         spacing: how the steps are spread over the schedule: even, or ddim for the released code's "ddimN".
         eta: noise of DDIM's steps, from 0 (deterministic) to 1.
@@ -148,7 +148,7 @@ class Sampling:
         guidance_interval: guide only at timesteps between these two, both included.
     """
 
-    sampler: Literal["ddpm", "ddim"] = "ddim"
+    sampler: Literal["ddpm", "ddim", "dpm++", "unipc", "deis"] = "ddim"
     num_steps: int = 50
     spacing: Literal["even", "ddim"] = "even"
     eta: float = 0.0
@@ -159,6 +159,15 @@ class Sampling:
     def __post_init__(self):
         if self.sampler == "ddpm" and self.eta:
             raise InputError("eta belongs to the ddim sampler; ddpm takes its noise from the variance")
+        if self.sampler not in ("ddpm", "ddim") and (self.eta or self.spacing != "even"):
+            raise InputError(f"{self.sampler} is deterministic and evenly spaced: leave eta and spacing alone")
+
+    def check(self, process: Process, channels: int) -> None:
+        """Raise InputError for settings that do not fit a process or latents of so many channels."""
+        process.timesteps(self.num_steps, self.spacing)
+        Guided(lambda *_: None, self.guidance_scale, 0, self.guidance_channels, self.guidance_interval)
+        if self.guidance_channels is not None and self.guidance_channels > channels:
+            raise InputError(f"cannot guide {self.guidance_channels} channels of latents that have {channels}")
 
     def __call__(
         self,
@@ -170,15 +179,22 @@ class Sampling:
         indices: Sequence[int],
         seed: int = 0,
         callback: StepCallback | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Draw the samples with global ``indices`` and labels ``y`` (N,): (N, C, H, W), on y's device.
 
         All noise of a sample comes from (seed, its index), so it does not depend on batch size, devices or restarts.
+        ``noise`` (N, C, H, W) replaces what a sample starts from.
         """
         generators = sample_generators(seed, indices)
-        noise = normal(shape, generators).to(y.device)
+        start = normal(shape, generators).to(y.device)
+        noise = start if noise is None else noise
         guided = Guided(model, self.guidance_scale, null_label, self.guidance_channels, self.guidance_interval)
         timesteps = process.timesteps(self.num_steps, self.spacing)
         if self.sampler == "ddpm":
             return ddpm(process, guided, noise, y, timesteps, generators, callback)
-        return ddim(process, guided, noise, y, timesteps, generators, callback, eta=self.eta)
+        if self.sampler == "ddim":
+            return ddim(process, guided, noise, y, timesteps, generators, callback, eta=self.eta)
+        from ditlit.diffusion.schedulers import scheduled  # builds on this file
+
+        return scheduled(self.sampler, process, guided, noise, y, self.num_steps, callback)

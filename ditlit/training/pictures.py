@@ -1,6 +1,5 @@
 """Pictures from a run: a fixed grid of samples during training, single files in prediction."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torchvision.transforms.functional import InterpolationMode, resize, to_pil_image
-from torchvision.utils import make_grid
 
-from ditlit.data.vae import Decoder, load_decoder, to_uint8
+from ditlit.data.vae import Decoder, load_decoder
 from ditlit.errors import InputError
+from ditlit.pictures import grid_of, save_png, to_uint8
 
 
 class SampleGrid(Callback):
@@ -81,7 +79,7 @@ class SampleGrid(Callback):
         images = draw_images(trainer, pl_module, labels, self._decode, self.seed, self.batch_size)
         if not trainer.is_global_zero:
             return None
-        grid = make_grid(enlarged(images, self.min_side), nrow=self.per_class, padding=2, pad_value=255)
+        grid = grid_of(images, self.per_class, self.min_side)
         path = self._folder / "samples" / f"step-{trainer.global_step:08d}.png"
         save_png(grid, path)
         for logger in trainer.loggers:
@@ -131,21 +129,6 @@ def draw_images(
     return gathered.transpose(0, 1).flatten(0, 1)[: len(labels)].cpu()  # sample i was drawn on rank i % ranks
 
 
-def enlarged(images: Tensor, min_side: int) -> Tensor:
-    """Images (n, C, H, W) repeated pixel by pixel until no side is shorter than ``min_side``."""
-    factor = -(-min_side // min(images.shape[-2:]))
-    size = [factor * side for side in images.shape[-2:]]
-    return resize(images, size, InterpolationMode.NEAREST) if factor > 1 else images
-
-
 def run_folder(trainer: Trainer) -> Path:
     """Where a run keeps its files. The ranks agree on it: all of them must ask."""
     return Path(trainer.log_dir or trainer.default_root_dir)
-
-
-def save_png(image: Tensor, path: Path) -> None:
-    """Write bytes (C, H, W) as a PNG that is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    to_pil_image(image).save(temporary, format="PNG")
-    os.replace(temporary, path)

@@ -1,0 +1,240 @@
+"""``ditlit sample``: images from a checkpoint."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from ditlit import __version__, checkpoints
+from ditlit.commands.processes import Progress, launch, share
+from ditlit.data.vae import load_autoencoder, weights_hash
+from ditlit.diffusion import Sampling
+from ditlit.errors import InputError
+from ditlit.generation.classes import parse_classes, plan_labels
+from ditlit.generation.drawing import Drawer
+from ditlit.generation.folder import SampleFolder
+from ditlit.generation.sheets import class_sheet, guidance_sheet, noise_sheet
+from ditlit.pictures import grid_of, save_animation, save_png
+
+DEFAULT_CLASSES = 8
+PRODUCTS = ("png", "npz", "latents")
+ANIMATED = 16  # most images in the animation
+
+
+def sample(
+    ckpt: str,
+    out: str,
+    classes: str | None = None,
+    per_class: int = 8,
+    num_samples: int | None = None,
+    labels: Literal["balanced", "random"] = "balanced",
+    weights: Literal["ema", "raw"] = "ema",
+    sampler: Literal["ddpm", "ddim", "dpm++", "unipc", "deis"] = "ddpm",
+    num_steps: int = 250,
+    spacing: Literal["even", "ddim"] = "even",
+    eta: float = 0.0,
+    guidance_scale: float = 4.0,
+    guidance_channels: int | None = None,
+    guidance_interval: tuple[int, int] | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    precision: Literal["32", "tf32", "bf16", "fp16"] = "32",
+    compile: bool = False,
+    vae: str | None = None,
+    decode_batch_size: int = 16,
+    vae_tiling: bool = False,
+    save: str = "png",
+    save_steps: int | None = None,
+    sheet: Literal["guidance", "noise", "classes"] | None = None,
+    sheet_scales: str = "1,1.5,2,4,8",
+    sheet_columns: int = 8,
+    accelerator: str = "auto",
+    devices: str = "auto",
+    num_nodes: int = 1,
+) -> None:
+    """Draw images from a checkpoint of any kind.
+
+    Example: ditlit sample --ckpt runs/xl2/checkpoints/last.ckpt --classes 207,360,387,974 --out samples
+
+    Architecture, classes, scaling of the latents and VAE come from the checkpoint. An image depends on the seed, its
+    number, its class and these settings only, not on devices or restarts; a job that was killed makes what is missing.
+
+    Args:
+        ckpt: a checkpoint of ours, the released DiT weights (.pt), a diffusers folder, a safetensors file, or a name on
+            the hub.
+        out: folder for the images.
+        classes: numbers or names, separated by commas; by default eight spread over all of them, or all of them with
+            num_samples.
+        per_class: images of each class.
+        num_samples: so many images in all, instead of per_class.
+        labels: with num_samples, whether the classes take turns or are drawn at random.
+        weights: the moving average, or those that the optimizer holds.
+        sampler: ddpm or ddim, or one of the fast solvers of diffusers: dpm++, unipc, deis.
+        num_steps: number of denoising steps.
+        spacing: how they are spread over the schedule: even, or ddim for the released code's "ddimN".
+        eta: noise of DDIM's steps, from 0 (none) to 1.
+        guidance_scale: strength of classifier-free guidance; 1 is none, 4 makes pictures like the paper's.
+        guidance_channels: guide only the first so many channels; the paper's numbers guide 3.
+        guidance_interval: guide only at timesteps between these two.
+        seed: of all noise.
+        batch_size: images drawn at once on each device.
+        precision: of the denoiser. tf32 is float32 with fast matrix products on GPUs.
+        compile: compile the denoiser, which pays for many images.
+        vae: folder or hub name of the VAE, instead of the one that the checkpoint names.
+        decode_batch_size: images decoded at once.
+        vae_tiling: decode in tiles, where memory is short; seams may show.
+        save: what to keep, separated by commas: png, npz (as the ADM evaluator reads it), latents.
+        save_steps: also draw the denoising of the first images as denoising.webp, a frame every so many steps.
+        sheet: draw a sheet instead of images, a row for each class: along the guidance scale, from one noise to
+            another, or from one class to the next.
+        sheet_scales: guidance scales of a guidance sheet, separated by commas.
+        sheet_columns: steps of the other sheets.
+        accelerator: cpu, gpu, or auto.
+        devices: number of devices of this machine, or auto: all GPUs, or one process on the CPU.
+        num_nodes: number of machines.
+    """
+    products = {word.strip() for word in save.split(",")}
+    if not products <= set(PRODUCTS):
+        raise InputError(f"--save takes {', '.join(PRODUCTS)}, got {save!r}")
+    for name, value in {
+        "per_class": per_class, "num_samples": num_samples, "batch_size": batch_size, "save_steps": save_steps,
+        "decode_batch_size": decode_batch_size, "sheet_columns": sheet_columns - 1,
+    }.items():  # fmt: skip
+        if value is not None and value < 1:
+            raise InputError(f"--{name} is too small")
+    scales = numbers(sheet_scales)
+    sampling = Sampling(
+        sampler, num_steps, spacing, eta, guidance_scale, guidance_channels,
+        None if guidance_interval is None else tuple(guidance_interval),
+    )  # fmt: skip
+    loaded = checkpoints.load(ckpt, weights)
+    sampling.check(loaded.process, loaded.denoiser.in_channels)
+    num_classes = loaded.denoiser.num_classes
+    if classes is not None:
+        chosen = parse_classes(classes, num_classes, loaded.latents.get("class_names"))
+    elif num_samples is not None:
+        chosen = list(range(num_classes))
+    else:
+        rows = min(DEFAULT_CLASSES, num_classes)
+        chosen = [i * num_classes // rows for i in range(rows)]
+    y = plan_labels(chosen, num_samples, per_class, labels, seed)
+    autoencoder = load_autoencoder(loaded.latents.get("vae"), vae)
+    if vae_tiling:
+        autoencoder.tile()
+    job = {
+        "checkpoint": weights_hash(loaded.denoiser),
+        "weights": loaded.weights,
+        "step": loaded.step,
+        "sampling": asdict(sampling),
+        "seed": seed,
+        "classes": chosen,
+        "num_samples": len(y),
+        "labels": labels if num_samples is not None else "class by class",
+        "precision": precision,
+        "batch_size": batch_size,
+        "vae": (autoencoder.entry or {}).get("hash"),
+        "vae_tiling": vae_tiling,
+        "quantisation": "floor(127.5 x + 128), clamped to 0..255",
+        "latents": "latents" in products,
+        "made_by": {
+            "checkpoint": str(ckpt),
+            "ditlit": __version__,
+            "torch": torch.__version__,
+            "diffusers": version("diffusers"),
+        },
+    }
+
+    fabric, _ = launch(accelerator, devices, num_nodes)
+    drawer = Drawer(
+        loaded.denoiser,
+        loaded.process,
+        loaded.latents,
+        sampling,
+        seed,
+        fabric.device,
+        precision,
+        autoencoder.to(fabric.device).decode,
+        decode_batch_size,
+        compile,
+    )
+    if sheet is not None:
+        if fabric.global_rank == 0:
+            path = Path(out) / f"sheet-{sheet}.png"
+            save_png(draw_sheet(drawer, sheet, chosen, scales, sheet_columns, batch_size), path)
+            print(f"Look at {path}")
+        return
+    folder = SampleFolder(out, y, "latents" in products)
+    if fabric.global_rank == 0:
+        folder.begin(job)
+    fabric.barrier()
+    folder.look()
+    draw_missing(drawer, folder, y, batch_size, save_steps, fabric)
+    fabric.barrier()
+    if fabric.global_rank == 0:
+        folder.finish(per_class if num_samples is None else 8, "npz" in products)
+        print(f"{len(y):,} images in {folder.path / 'images'}\nLook at {folder.path / 'grid.png'}")
+
+
+def numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise InputError(f"--sheet_scales takes numbers separated by commas, got {text!r}") from None
+
+
+def draw_sheet(
+    drawer: Drawer, kind: str, classes: list[int], scales: list[float], columns: int, batch_size: int
+) -> Tensor:
+    if kind == "guidance":
+        return guidance_sheet(drawer, classes, scales, batch_size)
+    return {"noise": noise_sheet, "classes": class_sheet}[kind](drawer, classes, columns, batch_size)
+
+
+def draw_missing(
+    drawer: Drawer, folder: SampleFolder, y: Tensor, batch_size: int, save_steps: int | None, fabric: Fabric
+) -> None:
+    """Draw this process's part of the batches that are not complete."""
+    batches = [list(range(i, min(i + batch_size, len(y)))) for i in range(0, len(y), batch_size)]
+    animation = folder.path / "denoising.webp"
+    todo = [b for b in batches if folder.lacks(b) or (save_steps and b[0] == 0 and not animation.exists())]
+    fabric.barrier()  # all have looked before any writes
+    mine = share(todo, fabric)
+    count, my_count = sum(map(len, todo)), sum(map(len, mine))
+    start = time.perf_counter()
+    with Progress("sampling", len(y), len(y) - count, my_count, fabric) as progress, ThreadPoolExecutor(4) as threads:
+        for batch in mine:
+            frames = Frames(drawer, save_steps) if save_steps and batch[0] == 0 else None
+            latents = drawer.draw(batch, y[batch], callback=frames)
+            folder.write(batch, drawer.images(latents), latents, threads)
+            if frames is not None:
+                save_animation(frames.pictures(), animation, seconds_a_frame=0.1)
+            progress.advance(len(batch))
+    if mine and fabric.global_rank == 0:
+        print(f"{count / (time.perf_counter() - start):,.2f} images/s")
+
+
+class Frames:
+    """A step callback that keeps what the denoiser takes the first images to be, every so many steps."""
+
+    def __init__(self, drawer: Drawer, every: int):
+        self.drawer = drawer
+        self.every = every
+        self.kept: list[Tensor] = []
+        self.last: Tensor | None = None
+
+    def __call__(self, step: int, t: int, x: Tensor, x0: Tensor) -> None:
+        self.last = x0[:ANIMATED]
+        if step % self.every == 0:
+            self.kept.append(self.last)
+            self.last = None
+
+    def pictures(self) -> list[Tensor]:
+        kept = self.kept if self.last is None else [*self.kept, self.last]
+        per_row = int(len(kept[0]) ** 0.5)
+        return [grid_of(self.drawer.images(self.drawer.raw(x0)), per_row) for x0 in kept]

@@ -1,0 +1,134 @@
+"""Drawing latents and images from a loaded checkpoint."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ditlit.data.store import per_channel
+from ditlit.data.vae import Decoder
+from ditlit.diffusion import GaussianDiffusion, Sampling
+from ditlit.diffusion.sampling import StepCallback
+from ditlit.errors import InputError
+from ditlit.pictures import to_uint8
+
+Precision = Literal["32", "tf32", "bf16", "fp16"]
+WEIGHTS = {"32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TimeTable(nn.Module):
+    """All timestep embeddings, computed once: sampling asks for the same few again and again.
+
+    Args:
+        embed: the network from timesteps (M,) to embeddings (M, D).
+        num_timesteps: number T of them.
+    """
+
+    def __init__(self, embed: nn.Module, num_timesteps: int, device: torch.device):
+        super().__init__()
+        with torch.no_grad():
+            table = embed(torch.arange(num_timesteps, device=device))
+        self.register_buffer("table", table, persistent=False)  # (T, D)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.table[t]
+
+
+@dataclass
+class Drawer:
+    """Draws images on one device.
+
+    Args:
+        denoiser: with its weights; it is moved to the device, and its timestep embedding replaced by a table.
+        process: its diffusion process.
+        latents: ``shift`` and ``scale`` of the latents, as in a checkpoint.
+        sampling: how samples are drawn.
+        seed: of all noise.
+        device: to draw on.
+        precision: of the denoiser: 32, tf32 (float32 with fast matrix products on GPUs), bf16 or fp16. The samplers'
+            own arithmetic is float32 always.
+        decode: from raw latents to images in [-1, 1]; None to draw latents only.
+        decode_batch_size: images decoded at once.
+        compile: compile the denoiser.
+    """
+
+    denoiser: nn.Module
+    process: GaussianDiffusion
+    latents: dict[str, Any]
+    sampling: Sampling
+    seed: int
+    device: torch.device
+    precision: Precision = "32"
+    decode: Decoder | None = None
+    decode_batch_size: int = 16
+    compile: bool = False
+    shape: tuple[int, int, int] = field(init=False)
+
+    def __post_init__(self):
+        self.shape = (self.denoiser.in_channels, *self.denoiser.input_size)
+        self.denoiser.to(self.device, WEIGHTS[self.precision])
+        self.denoiser.time_embed = TimeTable(self.denoiser.time_embed, self.process.num_timesteps, self.device)
+        if self.compile:
+            self.denoiser.compile()
+        channels = self.shape[0]
+        self.shift = per_channel(self.latents["shift"], channels).to(self.device)
+        self.scale = per_channel(self.latents["scale"], channels).to(self.device)
+
+    def draw(
+        self,
+        indices: Sequence[int],
+        y: Tensor,
+        sampling: Sampling | None = None,
+        callback: StepCallback | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Raw latents (N, C, H, W) of the samples with these numbers and labels y (N,).
+
+        Raises:
+            InputError: where the device's memory does not suffice.
+        """
+        with matmul_precision(self.precision), enough_memory("--batch_size", len(y)), torch.inference_mode():
+            x0 = (sampling or self.sampling)(
+                self.process,
+                self.denoiser,
+                self.shape,
+                y.to(self.device),
+                self.denoiser.num_classes,
+                indices,
+                self.seed,
+                callback,
+                noise,
+            )
+            return self.raw(x0)
+
+    def raw(self, x0: Tensor) -> Tensor:
+        """Latents as the VAE knows them, from what the denoiser knows."""
+        return x0.float() / self.scale + self.shift
+
+    def images(self, latents: Tensor) -> Tensor:
+        """Raw latents (N, C, H, W) to bytes (N, 3 or 1, H', W') on the CPU, decoded in slices."""
+        size = self.decode_batch_size
+        with enough_memory("--decode_batch_size, or set --vae_tiling true", min(size, len(latents))):
+            return torch.cat([to_uint8(self.decode(part)).cpu() for part in latents.split(size)])
+
+
+@contextmanager
+def enough_memory(setting: str, size: int):
+    """Turn running out of memory into an error that names the setting to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"out of memory with {size} at once: lower {setting} ({error})") from error
+
+
+@contextmanager
+def matmul_precision(precision: Precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,65 @@
+"""Bytes of pictures: rounding, grids, and files that are whole or absent."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
+from torchvision.utils import make_grid
+
+PADDING = 2
+HEADER = 16  # pixels above a sheet for the names of its columns
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as bytes, rounded: truncating would darken every picture by half a grey level."""
+    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
+
+
+def enlarged(images: Tensor, min_side: int) -> Tensor:
+    """Images (n, C, H, W) repeated pixel by pixel until no side is shorter than ``min_side``."""
+    factor = -(-min_side // min(images.shape[-2:]))
+    size = [factor * side for side in images.shape[-2:]]
+    return resize(images, size, InterpolationMode.NEAREST) if factor > 1 else images
+
+
+def grid_of(images: Tensor, per_row: int, min_side: int = 64) -> Tensor:
+    """Bytes (n, 1 or 3, H, W) as one picture (3, H', W'), small ones enlarged to be looked at."""
+    return make_grid(enlarged(images, min_side), nrow=per_row, padding=PADDING, pad_value=255)
+
+
+def with_header(grid: Tensor, columns: Sequence[str]) -> Tensor:
+    """A grid (3, H, W) with a name above each of its columns."""
+    picture = Image.new("RGB", (grid.shape[2], grid.shape[1] + HEADER), "white")
+    picture.paste(to_pil_image(grid), (0, HEADER))
+    draw = ImageDraw.Draw(picture)
+    width = (grid.shape[2] - PADDING) / len(columns)
+    for i, name in enumerate(columns):
+        draw.text((PADDING + (i + 0.5) * width, HEADER / 2), name, fill="black", anchor="mm")
+    return pil_to_tensor(picture)
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Write bytes (C, H, W) as a PNG that is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    to_pil_image(image).save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def save_animation(frames: Sequence[Tensor], path: Path, seconds_a_frame: float) -> None:
+    """Write bytes (3, H, W) as frames of an endless animated WebP; the last one stands longer."""
+    first, *rest = [to_pil_image(frame) for frame in frames]
+    durations = [round(1000 * seconds_a_frame)] * len(rest) + [2000]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    first.save(temporary, format="WEBP", save_all=True, append_images=rest, duration=durations, loop=0, quality=90)
+    os.replace(temporary, path)
+
+
+def read_png(path: Path) -> Tensor:
+    """Bytes (C, H, W)."""
+    with Image.open(path) as image:
+        return pil_to_tensor(image)

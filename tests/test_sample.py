@@ -1,0 +1,270 @@
+"""Sampling from checkpoints: repeatable whatever the batch, the devices or the interruptions."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partialmethod
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ditlit import checkpoints
+from ditlit.commands.sample import sample
+from ditlit.data import LatentDataModule, write_store
+from ditlit.data.store import per_channel
+from ditlit.data.vae import weights_hash
+from ditlit.diffusion import Sampling
+from ditlit.diffusion.sampling import normal, sample_generators
+from ditlit.errors import InputError
+from ditlit.generation.classes import parse_classes, plan_labels
+from ditlit.generation.drawing import Drawer, enough_memory
+from ditlit.generation.sheets import slerp
+from ditlit.pictures import HEADER, PADDING, read_png, to_uint8
+
+NAMES = ["tench, Tinca tinca", "goldfish", "white shark", "ray", "cock"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny DiT with random weights everywhere, saved after one step of training on pixels."""
+    from lightning.pytorch import Trainer
+
+    from ditlit.models import DiT
+    from ditlit.training import EMA, DiTModule
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(10, 3, 8, 8, generator=generator) * 2 - 1
+    write_store(folder / "store", pixels, torch.arange(10) % 5, 5, class_names=NAMES, image_size=8, shift=[0.1],
+                scale=[1.5])  # fmt: skip
+    torch.manual_seed(0)
+    denoiser = DiT(input_size=8, in_channels=3, num_classes=5, patch_size=4, hidden_size=16, depth=2, num_heads=2)
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    module = DiTModule(denoiser, ema=EMA(0.9, warmup=False))
+    trainer = Trainer(accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False,
+                      enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder)  # fmt: skip
+    trainer.fit(module, LatentDataModule(str(folder / "store"), global_batch_size=10))
+    trainer.save_checkpoint(folder / "x.ckpt")
+    return str(folder / "x.ckpt")
+
+
+def draw(checkpoint, out, **changes):
+    settings = dict(num_steps=4, batch_size=4, per_class=3, accelerator="cpu")
+    sample(checkpoint, str(out), **(settings | changes))
+
+
+def images(folder):
+    return {path.name: path.read_bytes() for path in (folder / "images").glob("*.png")}
+
+
+def pixels(folder):
+    return torch.stack([read_png(path) for path in sorted((folder / "images").glob("*.png"))])
+
+
+def test_what_is_drawn_is_what_the_sampler_gives(checkpoint, tmp_path):
+    draw(checkpoint, tmp_path, classes="3,1", save="png,npz,latents", batch_size=6)
+    loaded = checkpoints.load(checkpoint)
+    labels = torch.tensor([3, 3, 3, 1, 1, 1])
+    settings = Sampling("ddpm", 4, guidance_scale=4.0)
+    with torch.no_grad():
+        x0 = settings(loaded.process, loaded.denoiser, (3, 8, 8), labels, 5, range(6), seed=0)
+    raw = x0 / 1.5 + per_channel([0.1], 3)
+    difference = (pixels(tmp_path).int() - to_uint8(raw.clamp(-1, 1)).int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.002
+    from safetensors.torch import load_file
+
+    kept = load_file(tmp_path / "latents" / "000000-000005.safetensors")
+    torch.testing.assert_close(kept["latents"], raw, rtol=1e-4, atol=1e-4)
+    assert torch.equal(kept["labels"], labels)
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert archive["arr_0"].dtype == np.uint8 and archive["arr_0"].shape == (6, 8, 8, 3)
+        assert np.array_equal(archive["arr_0"], pixels(tmp_path).permute(0, 2, 3, 1).numpy())
+        assert archive["arr_1"].tolist() == labels.tolist()
+    lines = (tmp_path / "images" / "labels.csv").read_text().splitlines()
+    assert lines[:2] == ["file,label", "000000.png,3"] and len(lines) == 7
+    job = json.loads((tmp_path / "sample.json").read_text())
+    assert job["checkpoint"] == weights_hash(checkpoints.load(checkpoint).denoiser) and job["weights"] == "ema"
+    assert Image.open(tmp_path / "grid.png").size == (3 * 66 + 2, 2 * 66 + 2)  # a row for each class, enlarged
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "unipc"])
+def test_a_picture_does_not_depend_on_its_batch(checkpoint, tmp_path, sampler):
+    found = []
+    for size in (1, 7, 64):
+        draw(checkpoint, tmp_path / str(size), num_samples=24, labels="random", sampler=sampler, batch_size=size)
+        found.append(pixels(tmp_path / str(size)).int())
+    for other in found[1:]:
+        difference = (other - found[0]).abs()
+        assert difference.max() <= 1 and (difference > 0).float().mean() <= 0.001
+    assert (found[0][0] != found[0][1]).any()
+    draw(checkpoint, tmp_path / "fewer", num_samples=5, labels="random", sampler=sampler, batch_size=1)
+    assert torch.equal(pixels(tmp_path / "fewer").int(), found[0][:5])
+    draw(checkpoint, tmp_path / "seed", num_samples=5, labels="random", sampler=sampler, batch_size=1, seed=1)
+    assert not torch.equal(pixels(tmp_path / "seed").int(), found[0][:5])
+
+
+def test_two_processes_and_a_killed_job_make_the_same_bytes(checkpoint, tmp_path):
+    draw(checkpoint, tmp_path / "one", num_samples=18, save="png,latents")
+    settings = dict(ckpt=checkpoint, num_steps=4, batch_size=4, num_samples=18, accelerator="cpu", save="png,latents")
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "ditlit", "sample", *words]
+    result = subprocess.run(
+        [*command, "--devices", "2", "--out", str(tmp_path / "two")], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert images(tmp_path / "one") == images(tmp_path / "two") and len(images(tmp_path / "one")) == 18
+    # As a kill leaves it: some images of a batch, and none of others.
+    whole = images(tmp_path / "two")
+    kept = tmp_path / "two" / "images" / "000000.png"
+    for i in (5, 6, 16):
+        os.unlink(tmp_path / "two" / "images" / f"{i:06d}.png")
+    os.unlink(tmp_path / "two" / "latents" / "000016-000017.safetensors")
+    before = {name: (tmp_path / "two" / "images" / name).stat().st_mtime_ns for name in images(tmp_path / "two")}
+    draw(checkpoint, tmp_path / "two", num_samples=18, save="png,latents")
+    assert images(tmp_path / "two") == whole and kept.exists()
+    after = {name: (tmp_path / "two" / "images" / name).stat().st_mtime_ns for name in before}
+    assert after == before  # only what was missing was written
+    latents = sorted(path.read_bytes() for path in (tmp_path / "two" / "latents").iterdir())
+    assert latents == sorted(path.read_bytes() for path in (tmp_path / "one" / "latents").iterdir())
+
+
+def test_a_folder_is_continued_only_with_the_same_job(checkpoint, tmp_path):
+    draw(checkpoint, tmp_path)
+    for changes, names in (
+        (dict(seed=1), "seed"),
+        (dict(weights="raw"), "checkpoint, weights"),
+        (dict(guidance_scale=1.0), "sampling"),
+        (dict(classes="1"), "classes, num_samples"),
+    ):
+        with pytest.raises(InputError, match=f"asked for with other {names};"):
+            draw(checkpoint, tmp_path, **changes)
+    os.unlink(tmp_path / "sample.json")
+    with pytest.raises(InputError, match="holds images of something else"):
+        draw(checkpoint, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler
+def test_precisions_and_compiling_change_little(checkpoint, monkeypatch):
+    # Tracing is ours to test, what the compiler's backend makes of it is not.
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    labels, indices = torch.tensor([0, 1, 2, 3]), range(4)
+
+    def latents(**settings):
+        loaded = checkpoints.load(checkpoint)
+        cpu = torch.device("cpu")
+        sampling = Sampling("ddim", 4, guidance_scale=1.5)
+        return Drawer(loaded.denoiser, loaded.process, loaded.latents, sampling, 0, cpu, **settings).draw(
+            indices, labels
+        )
+
+    exact = latents()
+    scale = exact.std()
+    assert (latents(precision="bf16") - exact).pow(2).mean().sqrt() < 0.03 * scale
+    torch.testing.assert_close(latents(precision="tf32"), exact)
+    torch.testing.assert_close(latents(compile=True), exact, rtol=1e-3, atol=1e-3)
+
+
+def cells(path, rows, columns):
+    """Pictures (rows, columns, 3, 8, 8) of a sheet, reduced to their own size again."""
+    sheet = read_png(path)[:, HEADER:]
+    side = 64 + PADDING
+    assert sheet.shape[1:] == (rows * side + PADDING, columns * side + PADDING)
+    return torch.stack(
+        [
+            torch.stack([sheet[:, r * side + PADDING :, c * side + PADDING :][:, :64:8, :64:8] for c in range(columns)])
+            for r in range(rows)
+        ]
+    )
+
+
+def near(a, b):
+    difference = (a.int() - b.int()).abs()
+    return bool(difference.max() <= 1)
+
+
+def test_sheets(checkpoint, tmp_path):
+    draw(checkpoint, tmp_path, classes="goldfish,ray", sheet="guidance", sheet_scales="1,3")
+    sheet = cells(tmp_path / "sheet-guidance.png", 2, 2)
+    for column, scale in enumerate((1.0, 3.0)):
+        draw(checkpoint, tmp_path / str(column), classes="1,3", per_class=1, guidance_scale=scale)
+        assert near(sheet[:, column], pixels(tmp_path / str(column)))
+    settings = dict(sampler="ddim", sheet_columns=3)
+    draw(checkpoint, tmp_path, classes="1,3", sheet="noise", **settings)
+    noises = cells(tmp_path / "sheet-noise.png", 2, 3)
+    draw(checkpoint, tmp_path, classes="1,3,0", sheet="classes", **settings)
+    between = cells(tmp_path / "sheet-classes.png", 2, 3)
+    drawn = {}
+    for classes in ("1", "3"):
+        draw(checkpoint, tmp_path / f"d{classes}", classes=classes, per_class=4, sampler="ddim")
+        drawn[classes] = pixels(tmp_path / f"d{classes}")
+    assert near(noises[0, 0], drawn["1"][0]) and near(noises[0, -1], drawn["1"][2])  # from noise 0 to noise 2
+    assert near(noises[1, 0], drawn["3"][1]) and near(noises[1, -1], drawn["3"][3])
+    assert near(between[0, 0], drawn["1"][0]) and near(between[0, -1], drawn["3"][0])
+    assert near(between[1, 0], drawn["3"][1]) and not near(between[0, 1], between[0, 0])
+    with pytest.raises(InputError, match="needs at least two of them"):
+        draw(checkpoint, tmp_path, classes="1", sheet="classes")
+
+
+def test_interpolated_noise_stays_as_long_as_noise():
+    a, b = normal((3, 32, 32), sample_generators(0, range(4))).chunk(2)
+    assert torch.allclose(slerp(a, b, 0.0), a, atol=1e-5) and torch.allclose(slerp(a, b, 1.0), b, atol=1e-5)
+    assert torch.allclose(slerp(a, b, 0.5).std((1, 2, 3)), torch.ones(2), atol=0.05)
+
+
+def test_the_denoising_as_an_animation(checkpoint, tmp_path):
+    draw(checkpoint, tmp_path, save_steps=2, num_steps=8)
+    with Image.open(tmp_path / "denoising.webp") as animation:
+        assert animation.n_frames == 5  # steps 0, 2, 4, 6 and the last
+        animation.seek(4)
+        last = np.asarray(animation.convert("RGB")).astype(int)
+    final = pixels(tmp_path)[:4]
+    shown = last[2:66, 2:66]  # the first picture, enlarged eight times
+    expected = np.kron(final[0].permute(1, 2, 0).numpy(), np.ones((8, 8, 1)))
+    assert np.abs(shown - expected).mean() < 20  # WebP loses a little
+    os.unlink(tmp_path / "denoising.webp")
+    draw(checkpoint, tmp_path, save_steps=2, num_steps=8)
+    assert (tmp_path / "denoising.webp").exists()
+
+
+def test_classes_by_number_and_by_name():
+    assert parse_classes("4, goldfish,TENCH,tinca tinca", 5, NAMES) == [4, 1, 0, 0]
+    assert parse_classes("7", 10, None) == [7]
+    assert parse_classes("3", 5, ["0", "1", "2", "4", "3"]) == [4]  # a class that is called 3
+    with pytest.raises(InputError, match=r"no class 'golfish'; names like it are goldfish"):
+        parse_classes("golfish", 5, NAMES)
+    with pytest.raises(InputError, match="no class 5: this model knows classes 0 to 4"):
+        parse_classes("5", 5, NAMES)
+    with pytest.raises(InputError, match="the checkpoint knows no names"):
+        parse_classes("ray", 5, None)
+
+
+def test_labels_of_many_samples():
+    assert plan_labels([4, 2], None, 2, "balanced", 0).tolist() == [4, 4, 2, 2]
+    assert plan_labels([4, 2, 9], 7, 1, "balanced", 0).tolist() == [4, 2, 9, 4, 2, 9, 4]
+    random = plan_labels(range(10), 20_000, 1, "random", 0)
+    assert torch.equal(random[:50], plan_labels(range(10), 50, 1, "random", 0))
+    assert not torch.equal(random[:50], plan_labels(range(10), 50, 1, "random", 1))
+    counts = random.bincount()
+    assert ((counts - 2000).abs() < 5 * (2000 * 0.9) ** 0.5).all() and counts.float().std() > 0
+
+
+def test_mistakes(checkpoint, tmp_path, monkeypatch):
+    for changes, message in (
+        (dict(save="jpg"), "--save takes png, npz, latents, got 'jpg'"),
+        (dict(batch_size=0), "--batch_size is too small"),
+        (dict(sheet_scales="1,x"), "numbers separated by commas"),
+        (dict(vae="some/vae"), "latents of this store are pixels"),
+        (dict(num_steps=3000), "num_steps must lie between"),
+    ):
+        with pytest.raises(InputError, match=message):
+            draw(checkpoint, tmp_path / "x", **changes)
+    assert not (tmp_path / "x").exists()
+    with (
+        pytest.raises(InputError, match="out of memory with 64 at once: lower --batch_size"),
+        enough_memory("--batch_size", 64),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
