@@ -405,7 +405,7 @@ def test_what_a_killed_process_left_behind_is_cleared_away(shelf, tmp_path):
 
 
 def test_a_cache_too_small_for_two_windows_is_refused_before_training(shelf, tmp_path):
-    with pytest.raises(InputError, match=r"cannot hold two shuffle windows of 2 shards .* set cache_size_gb to"):
+    with pytest.raises(InputError, match=r"cannot hold .* two windows of shuffle_window shards .* set it to"):
         datamodule(shelf, tmp_path, shards=3.9)
     with pytest.raises(InputError, match="positive size"):
         ShardCache(tmp_path, 0)

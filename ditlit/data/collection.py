@@ -39,8 +39,9 @@ class StoreCollection:
         self.shard_of = torch.arange(len(shard_counts)).repeat_interleave(shard_counts)  # (n,)
         self.labels = torch.cat([store.labels for store in stores])  # (n,)
         self.rows: Tensor | None = None  # of the samples of the chosen classes; None for all
+        self.classes: list[int] | None = None  # their numbers in the stores
         if classes is not None:
-            chosen = find_classes(classes, self.manifest, stores[0].location)
+            self.classes = chosen = find_classes(classes, self.manifest, stores[0].location)
             numbers = torch.full((self.manifest.num_classes,), -1)
             numbers[chosen] = torch.arange(len(chosen))
             self.labels = numbers[self.labels]

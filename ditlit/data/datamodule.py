@@ -193,7 +193,7 @@ class LatentDataModule(LightningDataModule):
         if self.weights is not None:
             state["data.store with the weights"] = self.weights
         if self.classes is not None:
-            state["data.classes"] = list(self.classes)
+            state["data.classes"] = self._train.store.classes
         if self.class_balanced:
             state["data.class_balanced"] = True
         if self.shuffle_window is not None:
@@ -205,7 +205,7 @@ class LatentDataModule(LightningDataModule):
         return StoreCollection([LatentStore(location, self._cache) for location in locations], self.classes)
 
     def _check_cache(self) -> None:
-        """Two windows are wanted at a time, and a shard of validation."""
+        """Refuse a cache that would fetch the same shards again and again."""
         if self._cache is None:
             return
         sizes = self._train.remote_bytes()
@@ -214,8 +214,9 @@ class LatentDataModule(LightningDataModule):
             needed += sum(self._val.remote_bytes()[:1])
         if needed > self._cache.num_bytes:
             raise InputError(
-                f"a cache of {self.cache_size_gb:g} GB cannot hold two shuffle windows of {self.shuffle_window} shards "
-                f"and a shard of validation; set cache_size_gb to {needed / 1e9:.3g} at least, or lower shuffle_window"
+                f"cache_size_gb {self.cache_size_gb:g} cannot hold what is needed at a time, two windows of "
+                "shuffle_window shards and a shard of validation; "
+                f"set it to {1.01 * needed / 1e9:.3g} at least, or lower shuffle_window"
             )
 
     def _eval_order(self, num_samples: int) -> EvalOrder:
