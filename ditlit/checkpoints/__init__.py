@@ -1,0 +1,8 @@
+"""Weights in every format: our checkpoints, the released files, diffusers folders and safetensors."""
+
+from ditlit.checkpoints.contents import Contents, build, describe
+from ditlit.checkpoints.initialize import initialize
+from ditlit.checkpoints.names import from_released, to_released
+from ditlit.checkpoints.read import Loaded, load, read
+
+__all__ = ["Contents", "Loaded", "build", "describe", "from_released", "initialize", "load", "read", "to_released"]

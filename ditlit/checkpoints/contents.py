@@ -1,0 +1,123 @@
+"""What a checkpoint says, whatever its format."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ditlit.errors import InputError
+from ditlit.models import VARIANTS, DiT
+
+Which = Literal["ema", "raw", "unknown"]
+
+
+@dataclass
+class Contents:
+    """Weights under our names and all that is needed to use them.
+
+    Args:
+        state: the denoiser's weights, in the precision in which they are stored.
+        denoiser: its class path and constructor keywords.
+        process: those of its diffusion process.
+        latents: ``shift`` and ``scale`` of each channel and, where known, what a store's manifest says of its latents:
+            ``kind``, ``image_size``, ``preprocessing``, ``vae`` and ``class_names``.
+        step: number of optimizer steps taken; 0 where unknown.
+        weights: the moving average, the weights that the optimizer held, or unknown.
+        format: of the source, in words.
+    """
+
+    state: dict[str, Tensor]
+    denoiser: dict[str, Any]
+    process: dict[str, Any]
+    latents: dict[str, Any]
+    step: int
+    weights: Which
+    format: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The denoiser's constructor keywords."""
+        return self.denoiser["init_args"]
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        size = self.config["input_size"]
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def about(self) -> dict[str, Any]:
+        """All but the weights, as plain data for a file's metadata."""
+        names = ("denoiser", "process", "latents", "step", "weights")
+        return {name: getattr(self, name) for name in names}
+
+
+def describe(instance: Any) -> dict[str, Any]:
+    """Class path and constructor keywords of a denoiser or process, as in a configuration file."""
+    # Of a default argument, jsonargparse makes an instance of a subclass of its own.
+    cls = next(cls for cls in type(instance).__mro__ if not cls.__name__.startswith(("LazyInstance_", "_LazyInit")))
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": instance.config}
+
+
+def build(description: dict[str, Any]) -> Any:
+    """The inverse of :func:`describe`, for classes of this package: a checkpoint must not choose what code to run.
+
+    Raises:
+        InputError: for any other class.
+    """
+    module, _, name = description["class_path"].rpartition(".")
+    if module.split(".")[0] != "ditlit":
+        raise InputError(f"the checkpoint names {description['class_path']}, which is no class of ditlit")
+    return getattr(import_module(module), name)(**description["init_args"])
+
+
+def skeleton(denoiser: dict[str, Any]) -> nn.Module:
+    """The described denoiser without memory for its weights."""
+    with torch.device("meta"):
+        return build(denoiser)
+
+
+def check(contents: Contents, where: Any) -> Contents:
+    """The contents, if their weights are those of the denoiser that they describe.
+
+    Raises:
+        InputError: names the first key that is missing, foreign, or of another shape, with both shapes.
+    """
+    check_shapes(contents.state, skeleton(contents.denoiser).state_dict(), where)
+    return contents
+
+
+def check_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: Any) -> None:
+    """See :func:`check`."""
+    for key, value in expected.items():
+        shape = tuple(value.shape)
+        if key not in found:
+            raise InputError(f"{where} has no {key!r}, which this model holds with shape {shape}")
+        if tuple(found[key].shape) != shape:
+            raise InputError(f"{where} has {key!r} with shape {tuple(found[key].shape)}, this model needs {shape}")
+    for key, value in found.items():
+        if key not in expected:
+            raise InputError(f"{where} has {key!r} with shape {tuple(value.shape)}, which this model does not hold")
+
+
+def as_dit(contents: Contents) -> DiT:
+    """The denoiser without memory for its weights, where it is a DiT.
+
+    Raises:
+        InputError: for another denoiser, which other projects' formats cannot hold.
+    """
+    denoiser = skeleton(contents.denoiser)
+    if type(denoiser) is not DiT:
+        raise InputError(f"only a DiT can be written in this format, not {contents.denoiser['class_path']}")
+    return denoiser
+
+
+def variant_name(config: dict[str, Any]) -> str:
+    """The paper's name for a denoiser's sizes, or the sizes."""
+    for name, sizes in VARIANTS.items():
+        if all(config.get(key) == value for key, value in sizes.items()):
+            return name
+    names = ("depth", "hidden_size", "num_heads", "patch_size")
+    return ", ".join(f"{name} {config[name]}" for name in names if name in config)

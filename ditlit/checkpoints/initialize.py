@@ -1,0 +1,97 @@
+"""Starting from other weights, where the number of classes or the resolution may be another."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditlit.checkpoints.contents import Contents, check_shapes, describe
+from ditlit.errors import InputError
+from ditlit.models.embeddings import sincos_positions
+
+
+@torch.no_grad()
+def initialize(denoiser: nn.Module, contents: Contents, class_names: list[str] | None, where: Any) -> list[str]:
+    """Give a denoiser the weights of a checkpoint.
+
+    A fixed position table is that of the denoiser's own grid; a learned one is resized (bicubic). The label table is
+    copied, by name where the class names of both sides are known and are other ones or in another order; with another
+    number of classes the null row is always copied, and rows of classes that the checkpoint does not know keep the
+    denoiser's initialisation.
+
+    Args:
+        denoiser: to be given weights, in place.
+        contents: of the checkpoint.
+        class_names: of the denoiser's classes, where known.
+        where: the checkpoint's place, for messages.
+
+    Returns:
+        What was done, a line for each thing.
+
+    Raises:
+        InputError: where anything else differs, with the first key that does not fit and both shapes.
+    """
+    ours, theirs = describe(denoiser), contents.denoiser
+    if ours["class_path"] != theirs["class_path"]:
+        raise InputError(f"{where} holds a {theirs['class_path']}, the denoiser is a {ours['class_path']}")
+    own, state = denoiser.state_dict(), dict(contents.state)
+    set_name = "weights" if contents.weights == "unknown" else f"{contents.weights} weights"
+    report = [f"Starting from the {set_name} of {where} ({contents.format}, step {contents.step})"]
+    report += fit_positions(state, own, denoiser.grid, contents)
+    report += fit_labels(state, own, class_names, contents.latents.get("class_names"))
+    check_shapes(state, own, where)
+    heads = theirs["init_args"]["num_heads"], ours["init_args"]["num_heads"]
+    if heads[0] != heads[1]:
+        raise InputError(f"{where} has {heads[0]} attention heads, the denoiser has {heads[1]}")
+    denoiser.load_state_dict(state)
+    return report
+
+
+def fit_positions(
+    state: dict[str, Tensor], own: dict[str, Tensor], grid: tuple[int, int], contents: Contents
+) -> list[str]:
+    """Bring the position table in ``state`` to the grid of the denoiser."""
+    height, width = contents.grid_size
+    patch_size = contents.config["patch_size"]
+    source = (height // patch_size, width // patch_size)
+    sizes = f"{source[0]}x{source[1]} to {grid[0]}x{grid[1]}"
+    if "pos_embed" not in own:
+        return [] if source == grid else [f"Positions: {sizes}, computed"]
+    if "pos_embed" not in state:
+        state["pos_embed"] = sincos_positions(contents.config["hidden_size"], grid)
+        return ["Positions: the learned table starts as the checkpoint's fixed one"]
+    if source == grid:
+        return []
+    table = state["pos_embed"].float().unflatten(0, source).permute(2, 0, 1)  # (D, h, w)
+    table = F.interpolate(table[None], grid, mode="bicubic", align_corners=False)[0]  # (D, h', w')
+    state["pos_embed"] = table.permute(1, 2, 0).flatten(0, 1)  # (T, D)
+    return [f"Positions: {sizes}, the learned table resized"]
+
+
+def fit_labels(
+    state: dict[str, Tensor], own: dict[str, Tensor], names: list[str] | None, known: list[str] | None
+) -> list[str]:
+    """Bring the label table in ``state`` to the classes of the denoiser."""
+    key = "label_embed.weight"
+    if key not in state or key not in own or state[key].shape[1] != own[key].shape[1]:
+        return []  # for check_shapes to refuse
+    theirs, table = state[key], own[key].clone()
+    pairs = same_names(names, known)  # (our row, their row)
+    if theirs.shape == table.shape and len(pairs) < len(table) - 1:
+        return []  # the same number of classes, and nothing known that would tell them apart
+    moved = theirs.shape != table.shape or any(ours != other for ours, other in pairs)
+    if not moved:
+        return []
+    for row, other in (*pairs, (-1, -1)):
+        table[row] = theirs[other].to(table.dtype)
+    state[key] = table
+    classes = f"{len(theirs) - 1} to {len(table) - 1} classes"
+    return [f"Labels: {classes}, {len(pairs)} copied by name, {len(table) - 1 - len(pairs)} new, and the null class"]
+
+
+def same_names(names: list[str] | None, known: list[str] | None) -> list[tuple[int, int]]:
+    """Rows (ours, theirs) of classes whose name occurs once on each side."""
+    if not names or not known:
+        return []
+    return [(row, known.index(name)) for row, name in enumerate(names) if names.count(name) == 1 == known.count(name)]

@@ -1,0 +1,134 @@
+"""Files of torch.save: our training checkpoints, and the released DiT weights with their relatives."""
+
+import argparse
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ditlit.checkpoints.contents import Contents, as_dit, check
+from ditlit.checkpoints.names import RELEASED, rename, to_released, unwrapped
+from ditlit.checkpoints.sizes import PAPER_VAE, Given, from_shapes
+from ditlit.errors import InputError
+from ditlit.models.embeddings import sincos_positions
+
+PREFIX = "denoiser."  # of the weights in a training checkpoint
+
+
+def read_torch(path: str | Path, weights: Literal["ema", "raw"], given: Given) -> Contents:
+    """Read a file of torch.save, whichever of ours or theirs it is."""
+    content = plain_data(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
+    if "state_dict" in content:
+        return from_training(content, weights, path)
+    if any(isinstance(content.get(key), dict) for key in ("ema", "model")):
+        return from_training_form(content, weights, given, path)
+    return from_bare(content, given, path, "unknown", "bare weights")
+
+
+def plain_data(path: str | Path) -> Any:
+    """The contents of a file as plain data and tensors: no code in it is ever run."""
+    try:
+        # The released code keeps its command line as a Namespace, which holds plain data again.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise InputError(f"there is no checkpoint at {path}") from None
+    except Exception as error:
+        raise InputError(f"{path} cannot be read as a checkpoint; it may be truncated or foreign: {error}") from error
+
+
+def from_training(checkpoint: dict[str, Any], weights: Literal["ema", "raw"], where: Any) -> Contents:
+    """Contents of one of our training checkpoints."""
+    missing = {"state_dict", "hyper_parameters", "latents", "global_step"} - set(checkpoint)
+    if missing:
+        raise InputError(f"{where} is not a ditlit training checkpoint: it lacks {', '.join(sorted(missing))}")
+    if "current_model_state" in checkpoint:
+        which, state = weights, checkpoint["current_model_state" if weights == "raw" else "state_dict"]
+    else:  # trained without a moving average, or converted
+        which, state = checkpoint.get("weights", "raw"), checkpoint["state_dict"]
+    settings = checkpoint["hyper_parameters"]
+    contents = Contents(
+        state={k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)},
+        denoiser=settings["denoiser"],
+        process=settings["process"],
+        latents=checkpoint["latents"],
+        step=checkpoint["global_step"],
+        weights=which,
+        format="ditlit checkpoint",
+    )
+    return check(contents, where)
+
+
+def from_training_form(content: dict[str, Any], weights: Literal["ema", "raw"], given: Given, where: Any) -> Contents:
+    """Contents of what the released code and its relatives save in training: ``model``, ``ema``, ``opt``, ``args``."""
+    key = "model" if weights == "raw" else "ema"
+    if not isinstance(content.get(key), dict):
+        raise InputError(f"{where} has no {key!r} weights; it holds {', '.join(map(repr, content))}")
+    vae = getattr(content.get("args"), "vae", None)
+    vae = f"stabilityai/sd-vae-ft-{vae}" if vae in ("ema", "mse") else PAPER_VAE
+    return from_bare(content[key], given, where, weights, "training checkpoint of the released code", vae)
+
+
+def from_bare(
+    state: dict[str, Tensor], given: Given, where: Any, weights: Any, format: str, vae: str = PAPER_VAE
+) -> Contents:
+    """Contents of weights under the released names or ours, without a configuration."""
+    state = unwrapped(state)
+    foreign = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+    if foreign is not None or not state:
+        raise InputError(f"{where} holds no weights of a DiT" + (f": {foreign!r} is no tensor" if state else ""))
+    if "patch_embed.weight" not in state:
+        positions = {key: value for key, value in state.items() if key == "pos_embed"}
+        rest = {key: value for key, value in state.items() if key != "pos_embed"}
+        try:
+            state = rename(rest, RELEASED, "the released DiT weights") | positions
+        except InputError as error:
+            raise InputError(f"{where} holds no DiT that ditlit knows: {error}") from None
+    return from_shapes(state, given, where, weights, format, vae)
+
+
+def write_training(contents: Contents, path: Path) -> None:
+    """Write a checkpoint with one set of weights, and no optimizer to train on with."""
+    torch.save(
+        {
+            "pytorch-lightning_version": version("lightning"),
+            "epoch": 0,
+            "global_step": contents.step,
+            "state_dict": {PREFIX + key: value.contiguous() for key, value in contents.state.items()},
+            "hyper_parameters": {
+                "_instantiator": "lightning.pytorch.cli.instantiate_module",
+                "denoiser": contents.denoiser,
+                "process": contents.process,
+            },
+            "latents": contents.latents,
+            "weights": contents.weights,
+        },
+        path,
+    )
+
+
+def write_released(contents: Contents, path: Path) -> None:
+    """Write bare weights under the released names.
+
+    Raises:
+        InputError: for what the released format cannot hold.
+    """
+    model = as_dit(contents)
+    height, width = model.input_size
+    if height != width:
+        raise InputError(
+            f"the released format knows square latents only, not {height}x{width}; write safetensors or a ckpt"
+        )
+    if isinstance(model.pos_embed, nn.Parameter):
+        positions = contents.state["pos_embed"]
+    else:
+        positions = sincos_positions(model.config["hidden_size"], model.grid).to(
+            contents.state["patch_embed.weight"].dtype
+        )
+    state = to_released(contents.state, model.patch_size, positions)
+    torch.save({key: value.contiguous() for key, value in state.items()}, path)
