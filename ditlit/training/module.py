@@ -9,11 +9,14 @@ from jsonargparse import lazy_instance
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torchmetrics import MeanMetric
 
+from ditlit import checkpoints
 from ditlit.checkpoints import describe
+from ditlit.data.manifest import Manifest
 from ditlit.data.store import per_channel
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.diffusion.sampling import StepCallback, mix, normal, sample_generators
@@ -38,6 +41,9 @@ class DiTModule(LightningModule):
         label_dropout: probability of replacing a label by the null class, for classifier-free guidance.
         sampling: how samples are drawn.
         seed: of everything random in training; follows seed_everything in the command line.
+        init_from: weights to start training from, in any format that ``checkpoints.load`` takes; another number of
+            classes or another resolution is allowed. A run that is continued reads them too, but then takes its
+            checkpoint's; it can do without this setting.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class DiTModule(LightningModule):
         label_dropout: float = 0.1,
         sampling: Sampling = Sampling(),
         seed: int = 0,
+        init_from: str | None = None,
     ):
         super().__init__()
         if not 0 <= label_dropout < 1:
@@ -62,6 +69,7 @@ class DiTModule(LightningModule):
         self.label_dropout = label_dropout
         self.sampling = sampling
         self.seed = seed
+        self.init_from = init_from
         self.grad_norm: Tensor | None = None  # of the latest optimizer step, before clipping
         # x0 = (latent - shift) * scale, from the store. No buffers, which 16-bit training would round.
         self.latent_shift = torch.zeros(denoiser.in_channels, 1, 1)
@@ -79,8 +87,13 @@ class DiTModule(LightningModule):
             callbacks = self.trainer.callbacks
             callbacks.insert(0, callbacks.pop(callbacks.index(self.ema)))
         manifest = getattr(self.trainer.datamodule, "manifest", None)
-        if manifest is None:
-            return
+        if manifest is not None:
+            self.fit_to(manifest)
+        if stage == "fit" and self.init_from is not None:
+            self.initialize(self.init_from, getattr(manifest, "class_names", None))
+
+    def fit_to(self, manifest: Manifest) -> None:
+        """Check that the denoiser is built for a store's latents, and take their shift and scale."""
         built_for = (self.denoiser.in_channels, *self.denoiser.input_size)
         if manifest.shape != built_for:
             c, h, w = manifest.shape
@@ -97,6 +110,15 @@ class DiTModule(LightningModule):
         device = self.trainer.strategy.root_device
         self.latent_shift = per_channel(manifest.shift, manifest.shape[0]).to(device)
         self.latent_scale = per_channel(manifest.scale, manifest.shape[0]).to(device)
+
+    def initialize(self, source: str, class_names: list[str] | None) -> None:
+        """Take the weights of ``source``, before training; the moving average starts from them."""
+        contents = checkpoints.read(source)
+        for line in checkpoints.initialize(self.denoiser, contents, class_names, source):
+            rank_zero_info(line)
+        self.init_from = None  # a second fit of this module continues
+        if self.ema is not None:
+            self.ema.setup(self.trainer, self, "fit")  # again: it has copied the weights of before
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.denoiser.parameters() if p.requires_grad])
