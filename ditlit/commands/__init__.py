@@ -1,0 +1,1 @@
+"""Commands that are functions: their keywords are the settings, their docstrings the ``--help``."""
