@@ -166,16 +166,18 @@ def test_it_says_what_it_read_and_wrote(source, tmp_path, capsys):
     assert "no optimizer is in it: train on with fit --model.init_from" in lines[2]
 
 
-def test_files_are_no_larger_than_their_weights(source, tmp_path):
+def test_files_are_no_larger_than_their_weights_and_everybody_s_to_read(source, tmp_path):
     model = scrambled(hidden_size=384, num_heads=6, num_classes=1000, depth=1)
     size = 4 * sum(p.numel() for p in model.parameters())
     path = source(model, latents=LATENTS | {"class_names": None})
+    (plain := tmp_path / "plain").touch()
     for name in FORMATS.values():
         convert(path, str(tmp_path / name))
         file = tmp_path / name
         if file.is_dir():
             file /= "diffusion_pytorch_model.safetensors"
         assert size <= file.stat().st_size < size + 100_000
+        assert file.stat().st_mode & 0o777 == plain.stat().st_mode & 0o777  # as readable as any new file
 
 
 def test_the_command_line_takes_it(source, tmp_path, capsys):

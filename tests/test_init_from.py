@@ -32,14 +32,16 @@ def starting(make_module, tmp_path):
 SMALL = dict(input_size=8, in_channels=3, num_classes=5, patch_size=4, hidden_size=16, depth=2, num_heads=2)
 
 
-def test_training_starts_from_given_weights_and_so_does_the_average(starting, make_trainer, datamodule, caplog):
-    model = scrambled(**SMALL)
+def test_training_starts_from_given_weights_and_so_does_the_average(
+    starting, make_trainer, datamodule, tmp_path, monkeypatch
+):
+    model, said = scrambled(**SMALL), []
     module = starting(model)
-    with caplog.at_level("INFO", logger="lightning.pytorch"):
-        make_trainer(max_steps=0).fit(module, datamodule)
+    monkeypatch.setattr("ditlit.training.module.rank_zero_info", said.append)
+    make_trainer(max_steps=0).fit(module, datamodule)
     assert_same(parameters(module.denoiser), parameters(model))
     assert_same(averages(module), parameters(model))
-    assert "Starting from the ema weights of" in caplog.text and "step 7" in caplog.text
+    assert said == [f"Starting from the ema weights of {tmp_path}/start.safetensors (ditlit safetensors, step 7)"]
 
 
 def test_a_second_fit_and_a_resumed_run_do_not_start_over(starting, make_trainer, datamodule, tmp_path):

@@ -23,8 +23,11 @@ def replacing(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
         for file in [temporary, *temporary.rglob("*")]:
             if file.is_file():
+                file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
                 with open(file, "rb") as opened:
                     os.fsync(opened.fileno())
         swap_in(temporary, path)

@@ -103,5 +103,5 @@ def found(source: str | Path) -> Path:
     except Exception as error:
         raise InputError(
             f"there is nothing at {source}, and the Hugging Face hub gave nothing under that name "
-            f"({type(error).__name__}: {error}); download it and give the path"
+            f"({type(error).__name__}); give the path of a download, or a name with safetensors and a network"
         ) from error

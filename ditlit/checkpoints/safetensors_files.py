@@ -20,7 +20,7 @@ def read_safetensors(path: str | Path, given: Given) -> Contents:
     """Read one safetensors file."""
     state, about = tensors_and_entry(path)
     if about is None:
-        return from_bare(state, given, path, "unknown", "bare safetensors")
+        return from_bare(state, given, path)
     return check(Contents(state=state, format="ditlit safetensors", **about), path)
 
 

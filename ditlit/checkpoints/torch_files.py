@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ditlit.checkpoints.contents import Contents, as_dit, check
+from ditlit.checkpoints.contents import Contents, Which, as_dit, check
 from ditlit.checkpoints.names import RELEASED, rename, to_released, unwrapped
 from ditlit.checkpoints.sizes import PAPER_VAE, Given, from_shapes
 from ditlit.errors import InputError
@@ -27,7 +27,7 @@ def read_torch(path: str | Path, weights: Literal["ema", "raw"], given: Given) -
         return from_training(content, weights, path)
     if any(isinstance(content.get(key), dict) for key in ("ema", "model")):
         return from_training_form(content, weights, given, path)
-    return from_bare(content, given, path, "unknown", "bare weights")
+    return from_bare(content, given, path)
 
 
 def plain_data(path: str | Path) -> Any:
@@ -71,18 +71,20 @@ def from_training_form(content: dict[str, Any], weights: Literal["ema", "raw"], 
         raise InputError(f"{where} has no {key!r} weights; it holds {', '.join(map(repr, content))}")
     vae = getattr(content.get("args"), "vae", None)
     vae = f"stabilityai/sd-vae-ft-{vae}" if vae in ("ema", "mse") else PAPER_VAE
-    return from_bare(content[key], given, where, weights, "training checkpoint of the released code", vae)
+    return from_bare(content[key], given, where, weights, vae)
 
 
 def from_bare(
-    state: dict[str, Tensor], given: Given, where: Any, weights: Any, format: str, vae: str = PAPER_VAE
+    state: dict[str, Tensor], given: Given, where: Any, weights: Which = "unknown", vae: str = PAPER_VAE
 ) -> Contents:
     """Contents of weights under the released names or ours, without a configuration."""
     state = unwrapped(state)
     foreign = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
     if foreign is not None or not state:
         raise InputError(f"{where} holds no weights of a DiT" + (f": {foreign!r} is no tensor" if state else ""))
+    format = "bare ditlit weights"
     if "patch_embed.weight" not in state:
+        format = "released weights"
         positions = {key: value for key, value in state.items() if key == "pos_embed"}
         rest = {key: value for key, value in state.items() if key != "pos_embed"}
         try:

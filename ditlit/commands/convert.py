@@ -128,9 +128,9 @@ def summary(contents: Contents) -> str:
     model = skeleton(contents.denoiser)
     height, width = contents.grid_size
     parameters = num_parameters(model) if isinstance(model, DiT) else sum(p.numel() for p in model.parameters())
-    which = "weights" if contents.weights == "unknown" else f"{contents.weights} weights"
+    which = "" if contents.weights == "unknown" else f"{contents.weights} weights, "
     return (
-        f"{contents.format}, {which}, {variant_name(contents.config)}, {parameters:,} parameters, "
+        f"{contents.format}, {which}{variant_name(contents.config)}, {parameters:,} parameters, "
         f"{contents.config['num_classes']} classes, input {contents.config['in_channels']}x{height}x{width}"
         + (f", step {contents.step}" if contents.step else "")
     )
