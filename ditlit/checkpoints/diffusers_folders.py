@@ -65,7 +65,7 @@ def read_folder(folder: Path) -> Contents:
 def restored(state: dict[str, Tensor], model: Path) -> Contents:
     """The contents that ditlit exported to a folder, bit for bit."""
     original, about = tensors_and_entry(model / ORIGINAL)
-    if about is None or fingerprint(state) != about.pop("fitted"):
+    if about is None or not set(MLP) <= set(state) or fingerprint(state) != about.pop("fitted"):
         raise InputError(
             f"{model} changed after ditlit exported it: its timestep embedder is not the one that {ORIGINAL} belongs "
             "to; convert the export instead"
