@@ -93,9 +93,9 @@ def edit_manifest(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def point_outside(folder, name):
+def point_outside(folder, name, field="file"):
     content = json.loads((folder / "manifest.json").read_text())
-    content["shards"][0]["file"] = name
+    content["shards"][0][field] = name
     edit_manifest(folder, shards=content["shards"])
 
 
@@ -110,6 +110,7 @@ DAMAGE = {
     "bad scale": (lambda f: edit_manifest(f, scale=[1, 2, 3]), "manifest.json is damaged"),
     "parent folder": (lambda f: point_outside(f, "../shard-00000.safetensors"), "leads out of its folder"),
     "absolute path": (lambda f: point_outside(f, "/etc/passwd"), "leads out of its folder"),
+    "no checksum": (lambda f: point_outside(f, "../x", "sha256"), "manifest.json is damaged .the checksum of"),
     "missing labels": (lambda f: (f / "labels.safetensors").unlink(), "labels.safetensors is missing"),
     "changed labels": (lambda f: change(f / "labels.safetensors", -3), "labels.safetensors is corrupt: its SHA-256"),
     "other class names": (lambda f: edit_manifest(f, class_names=["a"]), "manifest.json is damaged"),

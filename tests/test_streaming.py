@@ -404,6 +404,25 @@ def test_what_a_killed_process_left_behind_is_cleared_away(shelf, tmp_path):
     assert cached_bytes(tmp_path) == shard_bytes() and not list(tmp_path.glob(".*.claim"))
 
 
+def test_a_cached_file_that_was_cut_short_is_fetched_again(shelf, tmp_path):
+    store = LatentStore(shelf, ShardCache(tmp_path))
+    store.gather(torch.tensor([0]))
+    os.truncate(tmp_path / store.manifest.shards[0].sha256, 0)
+    assert torch.equal(store.gather(torch.arange(8))["latents"], numbered(8)[0])
+
+
+def test_closing_a_cache_ends_its_threads(shelf, tmp_path):
+    def threads():
+        return sum(thread.name == "ditlit-read-ahead" for thread in threading.enumerate())
+
+    before = threads()
+    store = LatentStore(shelf, ShardCache(tmp_path))
+    store.cache.prefetch([(store.folder, shard) for shard in store.manifest.shards])
+    assert threads() > before
+    store.cache.close()
+    wait_for(lambda: threads() == before)
+
+
 def test_a_cache_too_small_for_two_windows_is_refused_before_training(shelf, tmp_path):
     with pytest.raises(InputError, match=r"cannot hold .* two windows of shuffle_window shards .* set it to"):
         datamodule(shelf, tmp_path, shards=3.9)

@@ -80,7 +80,8 @@ class ShardCache:
     def close(self) -> None:
         """Fetch no more ahead."""
         if self._ahead is not None:
-            self._ahead.want([])
+            self._ahead.stop()
+            self._ahead = None
 
     # Fetching ----------------------------------------------------------------------------------------------------
 
@@ -111,7 +112,10 @@ class ShardCache:
         except FileNotFoundError:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
-        if os.fstat(file.fileno()).st_nlink == 0:  # deleted between opening and locking
+        stat = os.fstat(file.fileno())
+        if stat.st_size != shard.num_bytes:  # cut short by a crash of the machine
+            path.unlink(missing_ok=True)
+        if stat.st_nlink == 0 or stat.st_size != shard.num_bytes:  # deleted between opening and locking, or now
             file.close()
             return None
         with contextlib.suppress(OSError):
@@ -229,7 +233,7 @@ class ReadAhead:
         self.process = os.getpid()  # threads do not survive a fork
         self.wanted: frozenset[str] = frozenset()
         self._fetch = fetch
-        self._queue: SimpleQueue[tuple[RemoteFolder, Shard]] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[RemoteFolder, Shard] | None] = SimpleQueue()
         for _ in range(FETCHERS):
             threading.Thread(target=self._run, daemon=True, name="ditlit-read-ahead").start()
 
@@ -240,9 +244,14 @@ class ReadAhead:
             if shard.sha256 not in before:
                 self._queue.put((folder, shard))
 
+    def stop(self) -> None:
+        self.wanted = frozenset()
+        for _ in range(FETCHERS):
+            self._queue.put(None)
+
     def _run(self) -> None:
-        while True:
-            folder, shard = self._queue.get()
+        while (job := self._queue.get()) is not None:
+            folder, shard = job
             with contextlib.suppress(Exception):
                 while shard.sha256 in self.wanted and not self._fetch(folder, shard):
                     time.sleep(POLL)

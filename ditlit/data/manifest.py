@@ -1,6 +1,7 @@
 """The manifest of a latent store: what the latents are, and which files hold them."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -110,6 +111,8 @@ def read_manifest(folder: Folder) -> Manifest:
     if not valid:
         raise InputError(f"{where} is damaged (its fields contradict each other); write the store again")
     for shard in [*manifest.shards, *filter(None, [manifest.labels])]:
+        if not re.fullmatch("[0-9a-f]{64}", str(shard.sha256)):  # names files in the cache
+            raise InputError(f"{where} is damaged (the checksum of {shard.file!r} is none); write the store again")
         if PurePosixPath(shard.file).name != shard.file or shard.file in ("", ".", ".."):
             raise InputError(f"{where} lists the file {shard.file!r}, which leads out of its folder; do not trust it")
     return manifest
