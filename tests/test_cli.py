@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from ditlit.__main__ import FUNCTIONS, command_parser
 from ditlit.cli import DitlitCLI, find_config, with_found_configs
 from ditlit.errors import InputError
 
@@ -155,6 +156,9 @@ def readme_commands():
 
 @pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
 def test_readme_commands_parse(cli, words, monkeypatch):
+    if words[0] in FUNCTIONS:
+        command_parser(words[0]).parse_args(words[1:])
+        return
     run_config = "runs/digits/config.yaml"
     if run_config in words:
         words = ["digits.yaml" if word == run_config else word for word in words]

@@ -13,6 +13,7 @@ from ditlit.data.vae import Decoder
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.diffusion.sampling import StepCallback
 from ditlit.errors import InputError
+from ditlit.generation.onednn import fuse
 from ditlit.pictures import to_uint8
 
 Precision = Literal["32", "tf32", "bf16", "fp16"]
@@ -42,7 +43,8 @@ class Drawer:
     """Draws images on one device.
 
     Args:
-        denoiser: with its weights; it is moved to the device, and its timestep embedding replaced by a table.
+        denoiser: with its weights. It is moved to the device, its timestep embedding replaced by a table, and its
+            layers by faster ones on a CPU.
         process: its diffusion process.
         latents: ``shift`` and ``scale`` of the latents, as in a checkpoint.
         sampling: how samples are drawn.
@@ -73,6 +75,8 @@ class Drawer:
         self.denoiser.time_embed = TimeTable(self.denoiser.time_embed, self.process.num_timesteps, self.device)
         if self.compile:
             self.denoiser.compile()
+        elif self.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            fuse(self.denoiser)
         channels = self.shape[0]
         self.shift = per_channel(self.latents["shift"], channels).to(self.device)
         self.scale = per_channel(self.latents["scale"], channels).to(self.device)

@@ -1,12 +1,13 @@
 """The adaLN-Zero transformer block and the final layer (Peebles & Xie 2023, figure 3)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (N, T, D) scaled by 1 + ``scale`` and moved by ``shift``, both (N, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
@@ -63,8 +64,8 @@ class AdaLNZeroBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (N, T, D) tokens; c (N, D) conditioning, already through its SiLU."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)  # 6 x (N, D)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = torch.addcmul(x, gate1[:, None], self.attn(modulate(self.norm1(x), shift1, scale1)))
+        return torch.addcmul(x, gate2[:, None], self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
