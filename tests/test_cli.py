@@ -154,7 +154,7 @@ def readme_commands():
                     yield words[1:]
 
 
-@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+@pytest.mark.parametrize("words", list(readme_commands()), ids=" ".join)
 def test_readme_commands_parse(cli, words, monkeypatch):
     if words[0] in FUNCTIONS:
         command_parser(words[0]).parse_args(words[1:])

@@ -77,7 +77,7 @@ def test_what_is_drawn_is_what_the_sampler_gives(checkpoint, tmp_path):
     from safetensors.torch import load_file
 
     kept = load_file(tmp_path / "latents" / "000000-000005.safetensors")
-    torch.testing.assert_close(kept["latents"], raw, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kept["latents"], raw, rtol=2e-3, atol=2e-3)
     assert torch.equal(kept["labels"], labels)
     with np.load(tmp_path / "samples.npz") as archive:
         assert archive["arr_0"].dtype == np.uint8 and archive["arr_0"].shape == (6, 8, 8, 3)

@@ -1,7 +1,6 @@
 """A bounded folder on a local disk for the shards of remote stores, shared by stores, runs and processes."""
 
 import contextlib
-import fcntl
 import os
 import re
 import threading
@@ -17,6 +16,11 @@ from ditlit.data.folders import RemoteFolder
 from ditlit.data.manifest import Shard
 from ditlit.data.shards import check_size, check_sum, file_sha256
 from ditlit.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # on Windows, which does without remote stores
+    fcntl = None
 
 DEFAULT_FOLDER = "~/.cache/ditlit/shards"
 FETCHERS = 4  # threads of one process that read ahead
@@ -43,6 +47,8 @@ class ShardCache:
     """
 
     def __init__(self, folder: str | Path = DEFAULT_FOLDER, size_gb: float = 50):
+        if fcntl is None:
+            raise InputError("stores at URLs need Linux or macOS; copy the store to a local folder")
         self.folder = Path(folder).expanduser()
         self.num_bytes = int(size_gb * 1e9)
         if self.num_bytes <= 0:
