@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 from ditlit.commands.processes import Progress, gathered, launch, share
 from ditlit.data.audit import audit
 from ditlit.data.encoding import ShardEncoder, Written, plan, read_back
-from ditlit.data.folders import Folder, open_folder
+from ditlit.data.folders import Folder, LocalFolder, open_folder, remove_leftovers
 from ditlit.data.images import PREPROCESSING
 from ditlit.data.manifest import MANIFEST, Manifest, read_manifest
 from ditlit.data.shards import shard_name
@@ -114,6 +114,8 @@ def encode(
 
     fabric, on_this_machine = launch(accelerator, devices, num_nodes, PRECISIONS[precision])
     if fabric.global_rank == 0:
+        if isinstance(folder, LocalFolder):
+            remove_leftovers(folder.path)
         folder.write(SETTINGS, json.dumps(settings, indent=1).encode())
     fabric.barrier()
     shards = dict(enumerate(plan(len(source), shard_size, shuffle)))

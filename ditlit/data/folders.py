@@ -148,6 +148,12 @@ def persistently(call: Callable[[], T], url: str) -> T:
     raise AssertionError
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of writers that were killed; only while nothing else writes there."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write to a temporary name, flush to disk, then rename, so that the file is whole or absent."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

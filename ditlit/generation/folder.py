@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ditlit.data.folders import write_atomically
+from ditlit.data.folders import remove_leftovers, write_atomically
 from ditlit.errors import InputError
 from ditlit.pictures import grid_of, read_png, save_png
 
@@ -61,6 +61,8 @@ class SampleFolder:
             raise InputError(f"{self.path / IMAGES} holds images of something else; choose another folder")
         else:
             write_atomically(record, json.dumps(job, indent=1).encode())
+        for folder in (IMAGES, LATENTS):
+            remove_leftovers(self.path / folder)
         self.look()
 
     def look(self) -> None:
