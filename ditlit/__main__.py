@@ -18,6 +18,9 @@ commands:
   test      the same on test latents
   predict   draw samples as PNG files
   sample    draw images from any checkpoint, in any way
+  evaluate  FID and its relatives, with a record of how each number was made
+            evaluate sweep   over guidance scales, steps and samplers
+            evaluate loss    by timestep: is it normal?
   convert   bring weights from and to other formats
 
 Start with     ditlit fit --config digits.yaml      (two cores, a few minutes)
@@ -26,7 +29,7 @@ All settings   ditlit fit --help
 """
 
 # Commands that are a function whose keywords are the settings; the others are Lightning's.
-FUNCTIONS = {name: f"ditlit.commands.{name}" for name in ("encode", "sample", "convert")}
+FUNCTIONS = ("encode", "sample", "evaluate", "evaluate sweep", "evaluate loss", "convert")
 
 
 def main() -> None:
@@ -34,13 +37,13 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
         print(USAGE)
         return
-    command = sys.argv[1]
-    if command == "--version":
+    if sys.argv[1] == "--version":
         print(__version__)
         return
+    command = next((name for name in (" ".join(sys.argv[1:3]), sys.argv[1]) if name in FUNCTIONS), None)
     try:
-        if command in FUNCTIONS:
-            settings = command_parser(command).parse_args(sys.argv[2:])
+        if command is not None:
+            settings = command_parser(command).parse_args(sys.argv[1 + len(command.split()) :])
             settings.pop("config")
             command_function(command)(**settings.as_dict())
         else:
@@ -53,7 +56,8 @@ def main() -> None:
 
 
 def command_function(command: str) -> Callable[..., None]:
-    return getattr(import_module(FUNCTIONS[command]), command)
+    name = command.replace(" ", "_")
+    return getattr(import_module(f"ditlit.commands.{name}"), name)
 
 
 def command_parser(command: str):

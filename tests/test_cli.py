@@ -156,8 +156,9 @@ def readme_commands():
 
 @pytest.mark.parametrize("words", list(readme_commands()), ids=" ".join)
 def test_readme_commands_parse(cli, words, monkeypatch):
-    if words[0] in FUNCTIONS:
-        command_parser(words[0]).parse_args(words[1:])
+    command = next((name for name in (" ".join(words[:2]), words[0]) if name in FUNCTIONS), None)
+    if command is not None:
+        command_parser(command).parse_args(words[len(command.split()) :])
         return
     run_config = "runs/digits/config.yaml"
     if run_config in words:

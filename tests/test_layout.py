@@ -15,9 +15,10 @@ MAY_IMPORT = {
     "pictures": {"errors"},
     "data": {"errors", "pictures"},
     "checkpoints": {"errors", "models", "diffusion"},
-    "generation": {"errors", "diffusion", "data", "pictures"},
-    "training": {"errors", "models", "diffusion", "data", "checkpoints", "pictures"},
-    "commands": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "generation"},
+    "generation": {"errors", "models", "diffusion", "data", "pictures"},
+    "evaluation": {"errors", "data", "pictures"},
+    "training": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "evaluation"},
+    "commands": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "generation", "evaluation"},
 }
 TOP = {"cli", "__main__", "__init__"}
 
