@@ -67,8 +67,8 @@ def evaluate_sweep(
     Example: ditlit evaluate sweep --ckpt runs/xl2/checkpoints/last.ckpt --reference VIRTUAL_imagenet256_labeled.npz
     --guidance_scale 1,1.25,1.5,2,4 --num_steps 25,50,100,250 --out sweep
 
-    Each point is a ditlit sample and a ditlit evaluate in a folder of its own, with its report; a sweep that was stopped
-    goes on where it was. The results are table.csv, table.md, and plots over guidance scale, steps and seconds.
+    Each point is a ditlit sample and a ditlit evaluate in a folder of its own, with its report; a sweep that was
+    stopped goes on where it was. The results are table.csv, table.md, and plots over guidance scale, steps and seconds.
 
     Args:
         ckpt: as for ditlit sample.

@@ -80,7 +80,9 @@ class Autoencoder:
         if source == PIXELS:
             return
         model = load_vae(source)
-        self.entry = {"class": type(model).__name__, "source": source, "hash": weights_hash(model)}
+        folder = Path(source).expanduser()
+        place = str(folder.resolve()) if folder.is_dir() else source  # to be found from other folders too
+        self.entry = {"class": type(model).__name__, "source": place, "hash": weights_hash(model)}
         # Channels last: convolutions run up to three times faster on a CPU, and tensor cores like it too.
         self.model = model.float().to(memory_format=torch.channels_last)
         config = self.model.config
