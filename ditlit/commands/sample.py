@@ -22,7 +22,7 @@ from ditlit.generation.folder import SampleFolder
 from ditlit.generation.sheets import class_sheet, guidance_sheet, noise_sheet
 from ditlit.pictures import grid_of, save_animation, save_png
 
-DEFAULT_CLASSES = 8
+DEFAULT_CLASSES = 10
 PRODUCTS = ("png", "npz", "latents")
 ANIMATED = 16  # most images in the animation
 
@@ -69,7 +69,7 @@ def sample(
         ckpt: a checkpoint of ours, the released DiT weights (.pt), a diffusers folder, a safetensors file, or a name on
             the hub.
         out: folder for the images.
-        classes: numbers or names, separated by commas; by default eight spread over all of them, or all of them with
+        classes: numbers or names, separated by commas; by default ten spread over all of them, or all of them with
             num_samples.
         per_class: images of each class.
         num_samples: so many images in all, instead of per_class.
