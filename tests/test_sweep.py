@@ -59,7 +59,7 @@ def test_a_sweep_that_fails_goes_on_where_it_was(commands, tmp_path):
     fail.clear()
     sweep.evaluate_sweep(**SETTINGS, out=str(tmp_path))
     assert len(calls) == 5 + 4
-    with pytest.raises(InputError, match="begun with other seed; choose another --out"):
+    with pytest.raises(InputError, match="begun with other seed: choose another --out"):
         sweep.evaluate_sweep(**SETTINGS, out=str(tmp_path), seed=1)
 
 
