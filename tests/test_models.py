@@ -1,5 +1,7 @@
 """The DiT: sizes, initialisation, shapes, and the paper's tables."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -191,3 +193,15 @@ def test_wrong_latents_are_refused():
     model = tiny()
     with pytest.raises(InputError, match=r"built for latents of shape \(3, 8, 8\), got \(4, 8, 8\)"):
         model(torch.randn(1, 4, 8, 8), torch.tensor([0]), torch.tensor([0]))
+
+
+def test_the_plain_model_of_the_benchmark_is_the_same_function(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    from plain_dit import PlainDiT
+
+    torch.manual_seed(0)
+    model = DiT(input_size=8, in_channels=3, num_classes=5, patch_size=2, hidden_size=32, depth=2, num_heads=4)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, t, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 500, 999]), torch.tensor([0, 1, 4, 5])
+    torch.testing.assert_close(PlainDiT(model)(x, t, y), model(x, t, y), rtol=1e-4, atol=1e-5)
