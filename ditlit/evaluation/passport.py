@@ -99,6 +99,8 @@ class Suspect(NamedTuple):
     why: str
 
 
+UNKNOWN = "not on record"
+
 # The most suspicious first.
 SUSPECTS = (
     Suspect("extractor", "extractor.name", "distances of different features do not compare at all"),
@@ -173,7 +175,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[Suspec
 def look_up(report: Mapping[str, Any], path: str) -> Any:
     value: Any = report
     for word in path.split("."):
-        value = value.get(word) if isinstance(value, Mapping) else None
+        value = value.get(word, UNKNOWN) if isinstance(value, Mapping) else UNKNOWN
     return value
 
 
@@ -198,8 +200,5 @@ def in_words(x: Any, y: Any) -> str:
     if isinstance(x, Mapping) and isinstance(y, Mapping):
         keys = [key for key in {**x, **y} if x.get(key) != y.get(key)]
         return ", ".join(f"{key} {x.get(key)} | {y.get(key)}" for key in keys)
-    return " | ".join(value[:12] if isinstance(value, str) and len(value) == 64 else unknown(value) for value in (x, y))
-
-
-def unknown(value: Any) -> str:
-    return "not on record" if value is None else str(value)
+    values = [value[:12] if isinstance(value, str) and len(value) == 64 else value for value in (x, y)]
+    return " | ".join("unset" if value is None else str(value) for value in values)

@@ -33,7 +33,7 @@ from ditlit.evaluation.statistics import Statistics, statistics_of
 ENOUGH = 50_000  # images of the published numbers
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
 OF_INCEPTION = dict(zip(METRICS, ("FID", "sFID", "IS", "precision", "recall", "KID"), strict=True))
-OF_OTHERS = OF_INCEPTION | {"fid": "Frechet distance", "kid": "kernel distance"}
+OF_OTHERS = OF_INCEPTION | {"fid": "Frechet distance", "sfid": "spatial Frechet distance", "kid": "kernel distance"}
 # Layer whose statistics, and whose features, each metric takes.
 STATISTICS = {"fid": "pool", "sfid": "spatial"}
 FEATURES = {"precision": "pool", "recall": "pool", "kid": "pool"}

