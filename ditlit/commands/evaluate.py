@@ -17,7 +17,7 @@ from ditlit.evaluation.extraction import extract
 from ditlit.evaluation.extractors import Extractor, Inception, describe, load_extractor
 from ditlit.evaluation.images import FolderImages
 from ditlit.evaluation.passport import comparison, passport, read_report, write_report
-from ditlit.evaluation.protocol import Results, check_sides, chosen_metrics, layers_of, measure, side_statistics
+from ditlit.evaluation.protocol import Results, check_side, chosen_metrics, layers_of, measure, side_statistics
 from ditlit.evaluation.sources import Source, content_hash, open_source, write_statistics
 
 
@@ -97,7 +97,8 @@ def evaluate(
     left = None if generated is None else opened(generated, size=generated_size)
     sizes = None if sample_sizes is None or left is None else parse_sizes(sample_sizes, left)
     if left is not None:
-        check_sides(chosen, left, right)
+        check_side(chosen, left, generated=True)
+        check_side(chosen, right, generated=False)
     sides = FeatureSides(
         network,
         chosen,

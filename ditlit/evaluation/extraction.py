@@ -93,13 +93,15 @@ def extract(
 
 def features_of(images: Tensor, extractor: Extractor, layers: Sequence[str]) -> Features:
     """Features of bytes (N, 3, H, W) in true float32: a GPU's shortened products would show in the third digit."""
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
             return extractor(images, layers)
-        finally:
-            torch.set_float32_matmul_precision(before)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def agreed(widths: dict[str, int], problem: str) -> dict[str, int]:
@@ -136,3 +138,21 @@ def gathered(parts: Features, widths: dict[str, int], batch_size: int, problem: 
     if rows[..., -1].any():
         agreed({}, problem)
     return rows[..., :-1]
+
+
+def shared_features(
+    images: Tensor, extractor: Extractor, layers: Sequence[str], batch_size: int, device: torch.device
+) -> Features:
+    """Features (N, D) on the CPU of bytes (N, 3, H, W) that all processes hold; they share the work."""
+    rank, world = ranks()
+    batches = images.split(batch_size)
+    mine = {}
+    for k in range(rank, len(batches), world):
+        found = features_of(batches[k].to(device), extractor, layers)
+        mine[k] = {layer: part.float().cpu() for layer, part in found.items()}
+    parts: list = [mine]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, mine)
+    merged = {k: found for part in parts for k, found in part.items()}
+    return {layer: torch.cat([merged[k][layer] for k in sorted(merged)]) for layer in layers}

@@ -79,20 +79,19 @@ def layers_of(metrics: Sequence[str], source: Source, generated: bool) -> list[s
     return sorted(wanted)
 
 
-def check_sides(metrics: Sequence[str], generated: Source, reference: Source) -> None:
+def check_side(metrics: Sequence[str], source: Source, generated: bool) -> None:
     """Refuse what a side without images cannot give.
 
     Raises:
         InputError: naming the side and what it lacks.
     """
-    for source, is_generated in ((generated, True), (reference, False)):
-        missing = layers_of(metrics, source, is_generated)
-        if source.images is None and missing:
-            served = [m for m in metrics if not layers_of([m], source, is_generated)]
-            raise InputError(
-                f"{source.about.get('statistics file', source.about['location'])} has no images, and what it holds "
-                f"serves {', '.join(served) or 'none of these metrics'} only; set --metrics to that"
-            )
+    if source.images is not None or not layers_of(metrics, source, generated):
+        return
+    served = [m for m in metrics if not layers_of([m], source, generated)]
+    raise InputError(
+        f"{source.about.get('statistics file', source.about['location'])} has no images, and what it holds serves "
+        f"{', '.join(served) or 'none of these metrics'} only; set --metrics to that"
+    )
 
 
 @dataclass

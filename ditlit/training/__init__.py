@@ -2,8 +2,9 @@
 
 from ditlit.training.digits import DigitsReport
 from ditlit.training.ema import EMA
+from ditlit.training.evaluation import SampleMetrics
 from ditlit.training.module import DiTModule
 from ditlit.training.monitor import RunProgressBar, TrainingMonitor
 from ditlit.training.pictures import SampleGrid
 
-__all__ = ["EMA", "DiTModule", "DigitsReport", "RunProgressBar", "SampleGrid", "TrainingMonitor"]
+__all__ = ["EMA", "DiTModule", "DigitsReport", "RunProgressBar", "SampleGrid", "SampleMetrics", "TrainingMonitor"]
