@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ditlit.data import LatentDataModule, write_store
-from ditlit.data.collection import hold_out
+from ditlit.data.collection import StoreCollection, hold_out
 from ditlit.data.mixture import Mixture, make_mixture, split_evenly
 from ditlit.data.sampler import TrainOrder
 from ditlit.errors import InputError
@@ -210,3 +210,13 @@ def test_balance_needs_samples_of_every_class(tmp_path):
 def test_stores_of_other_latents_or_classes_are_not_mixed(stores, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         set_up([stores[0], make_store(tmp_path / "c", 0, 8, **changes)])
+
+
+def test_stores_of_the_same_vae_in_two_places_go_together(tmp_path):
+    latents, labels = torch.zeros(4, 1, 2, 2), torch.arange(4)
+    stores = []
+    for i, vae in enumerate(({"source": "a", "hash": "1"}, {"source": "b", "hash": "1"}, {"source": "a", "hash": "2"})):
+        stores.append(write_store(tmp_path / str(i), latents, labels, 4, vae=vae))
+    assert len(StoreCollection(stores[:2])) == 8
+    with pytest.raises(InputError, match="hold different latents: vae is 1 and 2"):
+        StoreCollection(stores[::2])

@@ -127,10 +127,12 @@ def hold_out(rows: Tensor, size: int, generator: torch.Generator, shard_of: Tens
 
 def check_same_latents(folder: str, manifest: Manifest, other_folder: str, other: Manifest) -> None:
     for name in ("kind", "shape", "num_classes", "shift", "scale", "vae"):
-        if getattr(manifest, name) != getattr(other, name):
+        a, b = getattr(manifest, name), getattr(other, name)
+        if name == "vae":  # the same weights may lie in different places
+            a, b = ((vae or {}).get("hash", vae) for vae in (a, b))
+        if a != b:
             raise InputError(
-                f"{folder} and {other_folder} hold different latents: {name} is {getattr(manifest, name)} and "
-                f"{getattr(other, name)}; encode both the same way"
+                f"{folder} and {other_folder} hold different latents: {name} is {a} and {b}; encode both the same way"
             )
     if manifest.class_names and other.class_names and manifest.class_names != other.class_names:
         a, b = next((a, b) for a, b in zip(manifest.class_names, other.class_names, strict=True) if a != b)
