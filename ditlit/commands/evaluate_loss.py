@@ -1,0 +1,207 @@
+"""``ditlit evaluate loss``: is my loss normal?"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ditlit import __version__, checkpoints
+from ditlit.checkpoints import Loaded, describe
+from ditlit.data.folders import write_atomically
+from ditlit.data.store import LatentStore, per_channel
+from ditlit.data.vae import weights_hash
+from ditlit.diffusion.sampling import normal, sample_generators
+from ditlit.errors import InputError
+from ditlit.evaluation.losses import Average, Latents, Losses, by_timestep, findings, reference_for
+
+GOLDEN_RATIO = 0.6180339887498949
+
+
+def evaluate_loss(
+    ckpt: str,
+    store: str,
+    out: str | None = None,
+    num_samples: int = 2000,
+    draws: int = 4,
+    bins: int = 10,
+    batch_size: int = 64,
+    seed: int = 0,
+    accelerator: str = "auto",
+) -> None:
+    """Give the loss by timestep on held-out latents, and say plainly what is off.
+
+    Example: ditlit evaluate loss --ckpt runs/digits/checkpoints/last.ckpt --store data/digits/val
+
+    The error is that of the predicted noise, for fixed noise and timesteps spread evenly over the samples, so that it
+    compares between checkpoints. Beside it stand the error given the null label, and the curve of the recipe where we
+    have run it.
+
+    Args:
+        ckpt: a checkpoint of any kind.
+        store: latent store of samples that were not trained on.
+        out: also write the curve to this JSON file.
+        num_samples: at most so many samples of the store, evenly spaced.
+        draws: timesteps and noises for each sample.
+        bins: of timesteps.
+        batch_size: samples at once.
+        seed: of the noise.
+        accelerator: cpu, gpu, or auto.
+    """
+    for name, value in (("num_samples", num_samples - 1), ("draws", draws), ("bins", bins), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"--{name} is too small")
+    loaded = checkpoints.load(ckpt)
+    latents = LatentStore(store)
+    built_for = (loaded.denoiser.in_channels, *loaded.denoiser.input_size)
+    if latents.manifest.shape != built_for:
+        raise InputError(f"{store} holds latents of shape {latents.manifest.shape}, {ckpt} is built for {built_for}")
+    if latents.manifest.num_classes != loaded.denoiser.num_classes:
+        raise InputError(
+            f"{store} has {latents.manifest.num_classes} classes, {ckpt} is built for {loaded.denoiser.num_classes}"
+        )
+    device = Fabric(accelerator=accelerator, devices=1).device
+    raw = raw_weights(ckpt, loaded)
+    average = None if raw is None else compare_weights(loaded, raw)
+    rows = torch.linspace(0, len(latents) - 1, min(num_samples, len(latents))).round().long().repeat(draws)
+    losses, known = compute(loaded, raw, latents, rows, batch_size, seed, device)
+    reference = reference_for(describe(loaded.denoiser), describe(loaded.process))
+    edges = np.linspace(0, loaded.process.num_timesteps, bins + 1)
+    print(curve(losses, edges, reference))
+    found = findings(losses, known, average, reference, loaded.step)
+    print("\n".join(["", "What is off:", *(f"- {text}" for text in found)]) if found else "\nNothing is off.")
+    if out is not None:
+        write_atomically(Path(out), json.dumps(record(loaded, losses, edges, found, store, seed), indent=1).encode())
+
+
+def raw_weights(ckpt: str, loaded: Loaded) -> Loaded | None:
+    """The weights that the optimizer held, where a checkpoint has them beside their average."""
+    if loaded.weights != "ema":
+        return None
+    try:
+        raw = checkpoints.load(ckpt, "raw")
+    except InputError:  # it holds the average only
+        return None
+    return raw if raw.weights == "raw" else None
+
+
+def compare_weights(loaded: Loaded, raw: Loaded) -> Average:
+    ours, theirs = dict(loaded.denoiser.named_parameters()), dict(raw.denoiser.named_parameters())
+    fresh = checkpoints.build(describe(loaded.denoiser))
+    zero = [name for name, p in fresh.named_parameters() if p.requires_grad and not p.any()]
+    names = [name for name, p in ours.items() if p.requires_grad]
+    learned = norm(theirs[name] for name in zero)
+    return Average(
+        loaded.step,
+        norm(ours[name] - theirs[name] for name in names) / norm(theirs[name] for name in names),
+        norm(ours[name] for name in zero) / learned if learned else None,
+    )
+
+
+def norm(tensors: Any) -> float:
+    return float(sum(tensor.detach().double().square().sum() for tensor in tensors) ** 0.5)
+
+
+@torch.inference_mode()
+def compute(
+    loaded: Loaded,
+    raw: Loaded | None,
+    store: LatentStore,
+    rows: Tensor,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> tuple[Losses, Latents]:
+    """Errors for the samples at ``rows`` (n,), and what is known of their latents."""
+    process, denoiser = loaded.process, loaded.denoiser.to(device)
+    other: nn.Module | None = None if raw is None else raw.denoiser.to(device)
+    shift, scale = (per_channel(loaded.latents[k], denoiser.in_channels).to(device) for k in ("shift", "scale"))
+    # Timesteps follow the golden-ratio sequence, which spreads any number of them evenly.
+    t = ((torch.arange(len(rows), dtype=torch.float64) * GOLDEN_RATIO) % 1 * process.num_timesteps).long()
+    wrong = wrong_labels(store.labels[rows], seed)
+    kept: dict[str, list[Tensor]] = {"right": [], "null": [], "wrong": [], "raw": []}
+    sums = torch.zeros(4, dtype=torch.float64)  # of the raw latents and x0, and of their squares
+    for numbers in tqdm(torch.arange(len(rows)).split(batch_size), "loss", unit=" batches"):
+        generators = sample_generators(seed, numbers.tolist())
+        shape = (denoiser.in_channels, *denoiser.input_size)
+        noise, draw = (normal(shape, generators).to(device) for _ in range(2))
+        batch = store.gather(rows[numbers])
+        values = batch[store.kind].to(device).float()
+        if store.kind == "moments":
+            mean, std = values.chunk(2, dim=1)
+            values = mean + std * draw
+        x0 = (values - shift) * scale  # (N, C, H, W)
+        parts = [values.mean(), x0.mean(), values.square().mean(), x0.square().mean()]
+        sums += torch.stack(parts).double().cpu() * len(numbers)
+        given = {"right": batch["labels"], "wrong": wrong[numbers]}
+        given["null"] = torch.full_like(batch["labels"], denoiser.num_classes)
+        for name, y in given.items():
+            kept[name].append(process.loss(denoiser, x0, y.to(device), t=t[numbers].to(device), noise=noise)["mse"])
+        if other is not None:
+            y = batch["labels"].to(device)
+            kept["raw"].append(process.loss(other, x0, y, t=t[numbers].to(device), noise=noise)["mse"])
+    first, second = (sums / len(rows)).chunk(2)
+    raw_std, std = (second - first**2).clamp(min=0).sqrt().tolist()
+    arrays = {name: torch.cat(parts).double().cpu().numpy() for name, parts in kept.items() if parts}
+    names = ("shift", "scale")
+    trained_on, stored = (
+        {name: per_channel(about[name], denoiser.in_channels).flatten().tolist() for name in names}
+        for about in (loaded.latents, vars(store.manifest))
+    )
+    return Losses(t.numpy(), **arrays), Latents(std, raw_std, trained_on, stored)
+
+
+def wrong_labels(labels: Tensor, seed: int) -> Tensor:
+    """Another class for each of labels (n,), drawn from the classes that there are."""
+    classes = labels.unique()
+    if len(classes) < 2:
+        raise InputError("the store holds one class only: whether labels matter cannot be told; give more classes")
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.searchsorted(classes, labels)
+    step = torch.randint(1, len(classes), labels.shape, generator=generator)
+    return classes[(place + step) % len(classes)]
+
+
+def curve(losses: Losses, edges: np.ndarray, reference: dict[str, Any] | None) -> str:
+    means, errors = by_timestep(losses.t, losses.right, edges)
+    null, _ = by_timestep(losses.t, losses.null, edges)
+    lines = ["timesteps        error   +-       null label" + ("   recipe" if reference else "")]
+    known = None
+    if reference:
+        centers, theirs = (np.array(reference["edges"][:-1]) + reference["edges"][1:]) / 2, reference["mse"]
+        known = np.interp((edges[:-1] + edges[1:]) / 2, centers, theirs)
+    for i, (mean, error) in enumerate(zip(means, errors, strict=True)):
+        line = f"{edges[i]:5.0f} to {edges[i + 1]:5.0f}  {mean:.4f}  {error:.4f}   {null[i]:.4f}"
+        lines.append(line + ("" if known is None else f"       {known[i]:.4f}"))
+    lines.append(f"all             {losses.right.mean():.4f}           {losses.null.mean():.4f}")
+    if losses.raw is not None:
+        lines.append(f"raw weights     {losses.raw.mean():.4f}")
+    if reference:
+        lines.append(f"recipe: {reference['recipe']} after {reference['step']:,} steps")
+    return "\n".join(lines)
+
+
+def record(
+    loaded: Loaded, losses: Losses, edges: np.ndarray, found: list[str], store: str, seed: int
+) -> dict[str, Any]:
+    """The curve with what it depends on; with a recipe's name it is a reference curve."""
+    means, errors = by_timestep(losses.t, losses.right, edges)
+    return {
+        "step": loaded.step,
+        "denoiser": describe(loaded.denoiser),
+        "process": describe(loaded.process),
+        "checkpoint": weights_hash(loaded.denoiser),
+        "weights": loaded.weights,
+        "store": store,
+        "seed": seed,
+        "edges": edges.tolist(),
+        "mse": means.tolist(),
+        "standard error": errors.tolist(),
+        "null label": by_timestep(losses.t, losses.null, edges)[0].tolist(),
+        "what is off": found,
+        "versions": {"ditlit": __version__, "torch": torch.__version__},
+    }
