@@ -1,16 +1,21 @@
 """The command line: Lightning's CLI on our module and datamodules, with the rules of a run's folder."""
 
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ditlit.data import LatentDataModule
 from ditlit.errors import InputError
-from ditlit.training import DiTModule
+from ditlit.training import CheckpointFiles, DiTModule, Interrupted, StopOnSignal
+from ditlit.training.checkpoint_files import newest_complete
 
 DESCRIPTIONS = {
     "fit": """Train a DiT. Example: ditlit fit --config xl2.yaml --data.store /data/imagenet-latents
@@ -84,6 +89,7 @@ class DitlitCLI(LightningCLI):
             load_from_checkpoint_support=False,
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [StopOnSignal()]},
             parser_kwargs={name: {"description": " ".join(text.split())} for name, text in DESCRIPTIONS.items()},
             args=args,
         )
@@ -110,14 +116,53 @@ class DitlitCLI(LightningCLI):
         if self._default_logger:
             root = self._get(self.config_init, "trainer").default_root_dir
             kwargs["logger"] = TensorBoardLogger(root, name="", version="")
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no other one in trainer.plugins
+            trainer.strategy.checkpoint_io = CheckpointFiles()
+        return trainer
 
     def before_fit(self) -> None:
-        """Refuse to write a new run over an old one."""
-        last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        new = self._get(self.config, "ckpt_path") is None
-        if new and last.exists() and not self.trainer.fast_dev_run:
+        """Refuse to write a new run over an old one; a SLURM job that was requeued continues."""
+        if self._get(self.config_init, "ckpt_path") is not None or self.trainer.fast_dev_run:
+            return
+        if int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+            self.config_init[self.subcommand]["ckpt_path"] = "last"
+        elif any(path.is_file() for folder in self._checkpoint_folders() for path in folder.glob("*.ckpt")):
             raise InputError(
                 f"{self.trainer.default_root_dir} holds a run already. Continue it with --ckpt_path last, choose "
                 "another folder with --trainer.default_root_dir, or delete it"
             )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except Interrupted as stop:
+            if not self.trainer.is_global_zero:
+                sys.exit(0)  # a launcher would take anything else for a crash, and kill rank 0
+            print(f"ditlit: {stop}", file=sys.stderr)
+            sys.exit(128 + stop.signum)  # as a shell reports a command that a signal has ended
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """The arguments of a command, with ``last`` resolved to the newest checkpoint that is whole."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("ckpt_path") != "last":
+            return kwargs
+        folders = self._checkpoint_folders()
+        found = newest_complete(folders)
+        kwargs["ckpt_path"] = None
+        if found is not None:
+            path, step, damaged = found
+            for other in damaged:
+                rank_zero_info(f"{other} is damaged and passed over.")
+            rank_zero_info(f"Continuing from {path}, step {step}, the newest whole checkpoint.")
+            kwargs["ckpt_path"] = str(path)
+        elif subcommand == "fit":
+            rank_zero_info(f"There is no checkpoint in {folders[0]} yet: training starts.")
+        else:
+            raise InputError(f"there is no checkpoint in {folders[0]}; give one with --ckpt_path")
+        return kwargs
+
+    def _checkpoint_folders(self) -> list[Path]:
+        """Where this run's checkpoints are: in its own folder, unless a ModelCheckpoint is told otherwise."""
+        given = [callback.dirpath for callback in self.trainer.checkpoint_callbacks]
+        return [Path(self.trainer.default_root_dir) / "checkpoints", *(Path(folder) for folder in given if folder)]

@@ -1,4 +1,4 @@
-"""A callback for the tests that kill a run: it writes down every loss, and can end the process without a goodbye."""
+"""A callback for the tests that kill a run: it writes down every loss, and can send its process a signal."""
 
 import os
 import signal
@@ -8,17 +8,21 @@ from lightning.pytorch import Callback
 
 
 class RecordLosses(Callback):
-    """Appends "step loss" to a file for each micro-batch, and kills its own process after the step ``kill_at``."""
+    """Appends "step loss" to a file for each micro-batch; after the step ``kill_at``, rank ``kill_rank`` (or all) gets a signal."""
 
-    def __init__(self, folder: str, kill_at: int | None = None):
+    def __init__(
+        self, folder: str, kill_at: int | None = None, kill_rank: int | None = None, signum: int = int(signal.SIGKILL)
+    ):
         self.folder = Path(folder)
         self.kill_at = kill_at
+        self.kill_rank = kill_rank
+        self.signum = signum
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         with open(self.folder / f"rank{trainer.global_rank}.txt", "a") as file:
             file.write(f"{trainer.global_step} {outputs['terms']['loss'].double().mean().item().hex()}\n")
-        if trainer.global_step == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if trainer.global_step == self.kill_at and self.kill_rank in (None, trainer.global_rank):
+            os.kill(os.getpid(), self.signum)
 
 
 class RecordSamples(Callback):

@@ -14,8 +14,8 @@ import yaml
 TESTS = Path(__file__).parent
 
 
-def fit(folder: Path, store: str, devices: int, kill_at: int | None = None, resume: bool = False) -> int:
-    """Run the command line in its own process group; returns the exit status."""
+def fit(folder: Path, store: str, devices: int, resume: bool = False, **kill) -> int:
+    """Run the command line in its own process group; returns the exit status. ``kill`` goes to RecordLosses."""
     folder.mkdir(exist_ok=True)
     config = {
         "model": {
@@ -49,7 +49,7 @@ def fit(folder: Path, store: str, devices: int, kill_at: int | None = None, resu
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "callbacks": [
-                {"class_path": "losses.RecordLosses", "init_args": {"folder": str(folder), "kill_at": kill_at}},
+                {"class_path": "losses.RecordLosses", "init_args": {"folder": str(folder)} | kill},
                 {
                     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
                     "init_args": dict(filename="last", every_n_train_steps=4, enable_version_counter=False),
@@ -96,7 +96,7 @@ def assert_same(a, b, where="checkpoint"):
 def test_killed_and_continued(tmp_path, store, devices, kill_at):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert fit(whole, store, devices) == 0, (whole / "log.txt").read_text()
-    assert fit(broken, store, devices, kill_at) != 0
+    assert fit(broken, store, devices, kill_at=kill_at) != 0
     before = losses(broken)
     assert {len(lines) for lines in before.values()} == {2 * kill_at} and len(before) == devices
     for path in broken.glob("rank*.txt"):
@@ -113,3 +113,27 @@ def test_killed_and_continued(tmp_path, store, devices, kill_at):
     assert checkpoints[0]["global_step"] == 12
     for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
         assert_same(checkpoints[0][key], checkpoints[1][key], key)
+
+
+def test_one_rank_is_told_to_stop_and_the_newest_checkpoint_is_damaged(tmp_path, store):
+    """All ranks stop together; ``last`` passes over the damaged file and the run ends as if it had never stopped."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert fit(whole, store, 1) == 0, (whole / "log.txt").read_text()
+    status = fit(broken, store, 2, kill_at=9, kill_rank=1, signum=int(signal.SIGTERM))
+    log = (broken / "log.txt").read_text()
+    assert status == 128 + signal.SIGTERM, log
+    last = broken / "checkpoints" / "last.ckpt"
+    steps = {len(lines) // 2 for lines in losses(broken).values()}
+    assert len(steps) == 1 and steps <= {9, 10, 11}  # both ranks, and soon
+    saved = f"ditlit: stopped by SIGTERM after step {steps.pop()}; saved {last}. Continue with the same command and "
+    assert log.count(saved + "--ckpt_path last") == 1 and "Traceback" not in log
+    os.truncate(last, last.stat().st_size - 1000)
+    assert fit(broken, store, 2, resume=True) == 0, (broken / "log.txt").read_text()
+    log = (broken / "log.txt").read_text()
+    assert f"{last} is damaged and passed over" in log
+    assert f"Continuing from {last.with_name('last-previous.ckpt')}, step 8, the newest whole checkpoint" in log
+    checkpoints = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (whole, broken)]
+    assert checkpoints[0]["global_step"] == checkpoints[1]["global_step"] == 12
+    for key in ("state_dict", "current_model_state"):
+        for name, value in checkpoints[0][key].items():  # on other numbers of processes, sums round differently
+            torch.testing.assert_close(value, checkpoints[1][key][name], rtol=1e-3, atol=1e-5)

@@ -1,10 +1,22 @@
 """Training with Lightning: the module, the moving average, and what a run shows."""
 
+from ditlit.training.checkpoint_files import CheckpointFiles
 from ditlit.training.digits import DigitsReport
 from ditlit.training.ema import EMA
+from ditlit.training.interruption import Interrupted, StopOnSignal
 from ditlit.training.evaluation import SampleMetrics
 from ditlit.training.module import DiTModule
 from ditlit.training.monitor import RunProgressBar, TrainingMonitor
 from ditlit.training.pictures import SampleGrid
 
-__all__ = ["EMA", "DiTModule", "DigitsReport", "RunProgressBar", "SampleGrid", "SampleMetrics", "TrainingMonitor"]
+__all__ = [
+    "EMA",
+    "CheckpointFiles",
+    "DiTModule",
+    "DigitsReport",
+    "Interrupted",
+    "RunProgressBar",
+    "SampleGrid",
+    "StopOnSignal",
+    "TrainingMonitor",
+]

@@ -1,0 +1,183 @@
+"""Checkpoint files that survive crashes and full disks, and the search for the newest one that did."""
+
+import contextlib
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from ditlit.checkpoints.torch_files import plain_data
+from ditlit.errors import InputError
+
+PREVIOUS = "-previous"  # last.ckpt is kept as last-previous.ckpt when it is overwritten
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes checkpoints so that one is always whole, and reads them without running code.
+
+    A checkpoint is written beside its place, flushed to the disk and renamed. The file that it replaces stays, as
+    ``NAME-previous.ckpt``, so that there is a second one should the newest be damaged later. Where the disk is full,
+    one line says so, the files that exist stay (a file that was to be removed too), and training goes on to the next
+    save. Checkpoints at URLs are written as Lightning does.
+
+    ``error`` says why the latest save failed, and is None where it did not.
+    """
+
+    def __init__(self):
+        self.error: OSError | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        self.error = None
+        try:
+            write(checkpoint, path)
+        except OSError as error:
+            self.error = error
+            rank_zero_warn(
+                f"could not save {path} ({error.strerror or error}); earlier checkpoints stay and training goes on. "
+                "Free some space on this disk before the next save"
+            )
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Callable | None = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """The checkpoint as plain data and tensors on the CPU; ``weights_only`` is always true.
+
+        Raises:
+            InputError: where the file is missing or damaged, or holds more than plain data.
+        """
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        return plain_data(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        if self.error is None:  # the one that should have replaced it is not there
+            super().remove_checkpoint(path)
+
+
+def write(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint that is at ``path`` whole or not at all, and keep what was there as the previous one.
+
+    Raises:
+        OSError: where the disk is full or cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed while saving
+        abandoned.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            writer = Writer(file)
+            try:
+                torch.save(checkpoint, writer)
+            except Exception:
+                if writer.error is not None:
+                    raise writer.error from None  # torch would hide the cause
+                raise
+            file.flush()
+            os.fsync(file.fileno())
+        keep_previous(path)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Writer:
+    """A file for ``torch.save`` that remembers why a write failed."""
+
+    def __init__(self, file: Any):
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        try:
+            self.file.flush()
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def keep_previous(path: Path) -> None:
+    if not path.is_file():
+        return
+    previous = path.with_name(path.stem + PREVIOUS + path.suffix)
+    link = path.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)  # so that there is a file at ``path`` at every moment
+        os.replace(link, previous)
+    except OSError:  # a file system without hard links
+        os.replace(path, previous)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable, where the file system knows how."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def newest_complete(folders: list[Path]) -> tuple[Path, int, list[Path]] | None:
+    """The checkpoint with the most steps that is whole, its step, and the damaged ones that were passed over.
+
+    Of checkpoints at the same step the one written last is taken. None where there are no checkpoints.
+
+    Raises:
+        InputError: where there are checkpoints but none is whole.
+    """
+    steps: dict[Path, int] = {}
+    damaged: list[Path] = []
+    for path in sorted({path for folder in folders for path in folder.glob("*.ckpt")}):
+        try:
+            steps[path] = step_of(path)
+        except InputError:
+            damaged.append(path)
+    for path in sorted(steps, key=lambda path: (steps[path], path.stat().st_mtime_ns), reverse=True):
+        if path.is_dir() or is_intact(path):
+            return path, steps[path], damaged
+        damaged.append(path)
+    if damaged:
+        names = ", ".join(map(str, damaged))
+        raise InputError(f"no checkpoint of this run is whole ({names}); start again in another folder")
+    return None
+
+
+def step_of(path: Path) -> int:
+    """Optimizer steps in a checkpoint; reads its directory only.
+
+    Raises:
+        InputError: for a file that cannot be read.
+    """
+    content = plain_data(path / "meta.pt" if path.is_dir() else path)  # a folder is a sharded checkpoint
+    try:
+        return int(content["global_step"])
+    except (TypeError, KeyError, ValueError):
+        raise InputError(f"{path} is not a training checkpoint: it has no global_step") from None
+
+
+def is_intact(path: Path) -> bool:
+    """Whether every record of a checkpoint has the checksum that was written with it."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # whatever a damaged archive provokes
+        return False
