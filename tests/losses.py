@@ -8,7 +8,10 @@ from lightning.pytorch import Callback
 
 
 class RecordLosses(Callback):
-    """Appends "step loss" to a file for each micro-batch; after the step ``kill_at``, rank ``kill_rank`` (or all) gets a signal."""
+    """Appends "step loss" to a file for each micro-batch.
+
+    After the step ``kill_at``, the process of ``kill_rank``, or each, sends itself a signal.
+    """
 
     def __init__(
         self, folder: str, kill_at: int | None = None, kill_rank: int | None = None, signum: int = int(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A signal ends a run in good order: the step is finished, last.ckpt written, and the continued run is the whole one."""
+"""A signal ends a run in good order: the step is finished, last.ckpt written, and the run can be continued."""
 
 import os
 import signal

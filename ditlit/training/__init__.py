@@ -3,8 +3,8 @@
 from ditlit.training.checkpoint_files import CheckpointFiles
 from ditlit.training.digits import DigitsReport
 from ditlit.training.ema import EMA
-from ditlit.training.interruption import Interrupted, StopOnSignal
 from ditlit.training.evaluation import SampleMetrics
+from ditlit.training.interruption import Interrupted, StopOnSignal
 from ditlit.training.module import DiTModule
 from ditlit.training.monitor import RunProgressBar, TrainingMonitor
 from ditlit.training.pictures import SampleGrid
@@ -17,6 +17,7 @@ __all__ = [
     "Interrupted",
     "RunProgressBar",
     "SampleGrid",
+    "SampleMetrics",
     "StopOnSignal",
     "TrainingMonitor",
 ]
