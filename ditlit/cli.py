@@ -16,6 +16,7 @@ from ditlit.data import LatentDataModule
 from ditlit.errors import InputError
 from ditlit.training import CheckpointFiles, DiTModule, Interrupted, StopOnSignal
 from ditlit.training.checkpoint_files import newest_complete
+from ditlit.training.nonfinite import Diverged
 
 DESCRIPTIONS = {
     "fit": """Train a DiT. Example: ditlit fit --config xl2.yaml --data.store /data/imagenet-latents
@@ -141,6 +142,10 @@ class DitlitCLI(LightningCLI):
                 sys.exit(0)  # a launcher would take anything else for a crash, and kill rank 0
             print(f"ditlit: {stop}", file=sys.stderr)
             sys.exit(128 + stop.signum)  # as a shell reports a command that a signal has ended
+        except Diverged as error:
+            if self.trainer.is_global_zero:
+                print(f"\nditlit: error: {error}", file=sys.stderr)
+            sys.exit(1)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """The arguments of a command, with ``last`` resolved to the newest checkpoint that is whole."""

@@ -118,7 +118,9 @@ assert files.error is None and sorted(p.name for p in path.parent.iterdir()) == 
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stderr.splitlines() if "could not save" in line]
-    assert len(lines) == 1 and "step=2.ckpt (File too large); earlier checkpoints stay and training goes on" in lines[0]
+    assert (
+        len(lines) == 1 and "step=2.ckpt (File too large); earlier checkpoints stay and training goes on." in lines[0]
+    )
     assert newest_complete([tmp_path])[1] == 2
 
 

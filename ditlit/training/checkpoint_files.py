@@ -42,8 +42,8 @@ class CheckpointFiles(TorchCheckpointIO):
         except OSError as error:
             self.error = error
             rank_zero_warn(
-                f"could not save {path} ({error.strerror or error}); earlier checkpoints stay and training goes on. "
-                "Free some space on this disk before the next save"
+                f"could not save step {checkpoint.get('global_step')} as {path} ({error.strerror or error}); earlier "
+                "checkpoints stay and training goes on. Free some space on this disk before the next save"
             )
 
     def load_checkpoint(
@@ -136,10 +136,11 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def newest_complete(folders: list[Path]) -> tuple[Path, int, list[Path]] | None:
+def newest_complete(folders: list[Path], at_most: int | None = None) -> tuple[Path, int, list[Path]] | None:
     """The checkpoint with the most steps that is whole, its step, and the damaged ones that were passed over.
 
-    Of checkpoints at the same step the one written last is taken. None where there are no checkpoints.
+    Of checkpoints at the same step the one written last is taken; those of more than ``at_most`` steps are left out.
+    None where there are no checkpoints.
 
     Raises:
         InputError: where there are checkpoints but none is whole.
@@ -151,6 +152,8 @@ def newest_complete(folders: list[Path]) -> tuple[Path, int, list[Path]] | None:
             steps[path] = step_of(path)
         except InputError:
             damaged.append(path)
+    if at_most is not None:
+        steps = {path: step for path, step in steps.items() if step <= at_most}
     for path in sorted(steps, key=lambda path: (steps[path], path.stat().st_mtime_ns), reverse=True):
         if path.is_dir() or is_intact(path):
             return path, steps[path], damaged

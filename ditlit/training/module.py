@@ -23,6 +23,7 @@ from ditlit.diffusion.sampling import StepCallback, mix, normal, sample_generato
 from ditlit.errors import InputError
 from ditlit.training.draws import StepDraws
 from ditlit.training.ema import EMA
+from ditlit.training.nonfinite import SkipNonFinite
 
 GOLDEN_RATIO = 0.6180339887498949
 VALIDATION_SEED = 0  # of the validation noise; the same in every run, so that curves compare
@@ -44,6 +45,8 @@ class DiTModule(LightningModule):
         init_from: weights to start training from, in any format that ``checkpoints.load`` takes; another number of
             classes or another resolution is allowed. A run that is continued reads them too, but then takes its
             checkpoint's; it can do without this setting.
+        max_bad_steps: steps in a row whose gradients are infinite or undefined, after which training goes back to the
+            weights of the last checkpoint, and the second time stops. Each such step is skipped.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class DiTModule(LightningModule):
         sampling: Sampling = Sampling(),
         seed: int = 0,
         init_from: str | None = None,
+        max_bad_steps: int = 20,
     ):
         super().__init__()
         if not 0 <= label_dropout < 1:
@@ -69,7 +73,10 @@ class DiTModule(LightningModule):
         self.label_dropout = label_dropout
         self.sampling = sampling
         self.seed = seed
+        if max_bad_steps < 1:
+            raise InputError(f"max_bad_steps is a positive number of steps, got {max_bad_steps}")
         self.init_from = init_from
+        self.skip_non_finite = SkipNonFinite(max_bad_steps)
         self.grad_norm: Tensor | None = None  # of the latest optimizer step, before clipping
         # x0 = (latent - shift) * scale, from the store. No buffers, which 16-bit training would round.
         self.latent_shift = torch.zeros(denoiser.in_channels, 1, 1)
@@ -79,7 +86,7 @@ class DiTModule(LightningModule):
     # Setting up --------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        return [] if self.ema is None else [self.ema]
+        return [self.skip_non_finite] if self.ema is None else [self.ema, self.skip_non_finite]
 
     def setup(self, stage: str) -> None:
         if self.ema is not None:
@@ -133,20 +140,23 @@ class DiTModule(LightningModule):
     # Training ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        terms, t = self.training_terms(batch, batch_idx, self.trainer.global_step)
+        return {"loss": terms["loss"].mean(), "terms": {k: v.detach() for k, v in terms.items()}, "t": t}
+
+    def training_terms(self, batch: dict[str, Tensor], batch_idx: int, step: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Terms of the loss (N,) for a micro-batch of optimizer step ``step``, and the timesteps (N,) drawn for it."""
         y = batch["labels"]  # (N,)
-        draws = self.step_draws(len(y), batch_idx)
+        draws = self.step_draws(len(y), batch_idx, step)
         t = draws.timesteps(self.process.sample_timesteps)  # (N,)
         noise = draws.normal(*self.latent_shape)  # (N, C, H, W)
         y = torch.where(draws.uniform() < self.label_dropout, self.denoiser.num_classes, y)  # (N,)
         x0 = self.scaled(batch, draws.normal)  # (N, C, H, W)
-        terms = self.process.loss(self.denoiser, x0, y, t=t, noise=noise)
-        return {"loss": terms["loss"].mean(), "terms": {k: v.detach() for k, v in terms.items()}, "t": t}
+        return self.process.loss(self.denoiser, x0, y, t=t, noise=noise), t
 
-    def step_draws(self, n: int, batch_idx: int) -> StepDraws:
-        """The random numbers of this step for the n rows of this process, as laid out by ``TrainOrder``."""
+    def step_draws(self, n: int, batch_idx: int, step: int) -> StepDraws:
+        """The random numbers of a step for the n rows of this process, as laid out by ``TrainOrder``."""
         trainer = self.trainer
         part = batch_idx % trainer.accumulate_grad_batches * trainer.world_size + trainer.global_rank
-        step = trainer.global_step
         torch.manual_seed(mix(self.seed, step, part))  # dropout inside the network draws from the global generators
         total = n * trainer.world_size * trainer.accumulate_grad_batches
         return StepDraws(self.seed, step, total, slice(part * n, (part + 1) * n), self.device)
@@ -173,11 +183,13 @@ class DiTModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Compute the gradient norm once, for clipping and for the log."""
+        """Compute the gradient norm once, for clipping, for the log and to skip the step where it is not finite."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise InputError("gradients are clipped by norm: remove trainer.gradient_clip_algorithm")
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = get_total_norm([p.grad for p in parameters])
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        self.skip_non_finite.check(optimizer, self.grad_norm, scaled)
         if gradient_clip_val:
             clip_grads_with_norm_(parameters, gradient_clip_val, self.grad_norm)
 
