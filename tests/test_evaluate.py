@@ -155,7 +155,9 @@ def test_the_decodes_of_a_latent_store_are_evaluated(data, run, tmp_path):
     real = data["arrays"][1]
     pixels = torch.from_numpy(real).permute(0, 3, 1, 2).float() / 127.5 - 1
     write_store(tmp_path / "store", pixels, torch.zeros(60).long(), 1, image_size=12)
-    assert run(data["generated"], tmp_path / "store")["metrics"] == run(data["generated"], data["real"])["metrics"]
+    report = run(data["generated"], tmp_path / "store")
+    assert report["metrics"] == run(data["generated"], data["real"])["metrics"]
+    assert report["reference"]["size"] == report["generated"]["size"] and report["reference"]["vae"] == "pixels"
 
 
 def test_identical_sets_are_at_distance_zero_and_wholly_precise(data, run):
@@ -192,7 +194,8 @@ def test_the_report_of_a_sample_folder_says_how_it_was_drawn(data, run, tmp_path
     Image.new("RGB", (90, 90)).save(tmp_path / "samples" / "grid.png")
     job = {"checkpoint": "a" * 64, "num_samples": 50, "sampling": {"guidance_scale": 1.5}, "labels": "random"}
     (tmp_path / "samples" / "sample.json").write_text(json.dumps(job))
-    for folder in ("samples", "samples/images"):
+    np.savez(tmp_path / "samples" / "samples.npz", arr_0=data["arrays"][0])
+    for folder in ("samples", "samples/images", "samples/samples.npz"):
         report = run(tmp_path / folder, data["real"])
         assert report["generated"]["job"] == job and report["generated"]["n"] == 50
     (tmp_path / "samples" / "sample.json").write_text(json.dumps(job | {"num_samples": 60}))

@@ -1,6 +1,7 @@
 """Networks that turn images into features: Inception as the paper's numbers need it, DINOv2, or one of the user's."""
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -184,7 +185,16 @@ def describe(extractor: Extractor) -> dict[str, Any]:
         "class": f"{cls.__module__}.{cls.__qualname__}",
         "weights": weights_hash(extractor),
         "resize": extractor.resize,
+        "code": code_hash(cls),
     }
     if isinstance(extractor, Inception):
         about["original weights"] = extractor.original
     return about
+
+
+def code_hash(cls: type) -> str | None:
+    """SHA-256 of a class's source: the same weights behind another preprocessing give other features."""
+    try:
+        return hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()
+    except (OSError, TypeError):  # made without a file
+        return None

@@ -128,6 +128,7 @@ SUSPECTS = (
     Suspect(
         "quantisation", "generated.job.quantisation", "truncating instead of rounding darkens by half a grey level"
     ),
+    Suspect("extractor's code", "extractor.code", "look whether its preprocessing has changed"),
     Suspect("settings of the metrics", "settings", "k, splits and subsets are part of a metric's definition"),
     Suspect("checkpoint", "generated.job.checkpoint", "these are other weights"),
     Suspect("step", "generated.job.step", "XL/2 goes from FID 19.5 at 400 thousand steps to 9.6 at 7 million"),

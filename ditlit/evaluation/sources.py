@@ -15,7 +15,8 @@ from ditlit.data.folders import write_atomically
 from ditlit.data.manifest import MANIFEST
 from ditlit.errors import InputError
 from ditlit.evaluation.extractors import Extractor, Inception, describe
-from ditlit.evaluation.images import FolderImages, Images, NpzImages, StoreImages, npz_keys, read_npz
+from ditlit.evaluation.images import FolderImages, Images, StoreImages
+from ditlit.evaluation.npz import NpzImages, npz_keys, read_npz
 from ditlit.evaluation.statistics import Statistics
 
 METADATA = "ditlit statistics"
