@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ditlit.data import LatentDataModule
 from ditlit.errors import InputError
-from ditlit.training import CheckpointFiles, DiTModule, Interrupted, StopOnSignal
+from ditlit.training import CheckpointFiles, DiTModule, Heartbeat, Interrupted, StopOnSignal
 from ditlit.training.checkpoint_files import newest_complete
 from ditlit.training.nonfinite import Diverged
 
@@ -90,7 +90,7 @@ class DitlitCLI(LightningCLI):
             load_from_checkpoint_support=False,
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [StopOnSignal()]},
+            trainer_defaults={"callbacks": [StopOnSignal(), Heartbeat()]},
             parser_kwargs={name: {"description": " ".join(text.split())} for name, text in DESCRIPTIONS.items()},
             args=args,
         )

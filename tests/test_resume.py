@@ -14,8 +14,8 @@ import yaml
 TESTS = Path(__file__).parent
 
 
-def fit(folder: Path, store: str, devices: int, resume: bool = False, **kill) -> int:
-    """Run the command line in its own process group; returns the exit status. ``kill`` goes to RecordLosses."""
+def start(folder: Path, store: str, devices: int, resume: bool = False, **kill) -> subprocess.Popen:
+    """Start the command line in a process group of its own. ``kill`` goes to RecordLosses."""
     folder.mkdir(exist_ok=True)
     config = {
         "model": {
@@ -62,13 +62,18 @@ def fit(folder: Path, store: str, devices: int, resume: bool = False, **kill) ->
     command += ["--ckpt_path", "last"] if resume else []
     environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     with open(folder / "log.txt", "a") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            return process.wait(timeout=120)
-        finally:
-            if process.poll() is None or process.returncode < 0:  # the other ranks too
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def fit(folder: Path, store: str, devices: int, resume: bool = False, **kill) -> int:
+    """Run the command line to its end; returns the exit status."""
+    process = start(folder, store, devices, resume, **kill)
+    try:
+        return process.wait(timeout=120)
+    finally:
+        if process.poll() is None or process.returncode < 0:  # the other ranks too
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def losses(folder: Path) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ from ditlit.training.checkpoint_files import CheckpointFiles
 from ditlit.training.digits import DigitsReport
 from ditlit.training.ema import EMA
 from ditlit.training.evaluation import SampleMetrics
+from ditlit.training.heartbeat import Heartbeat
 from ditlit.training.interruption import Interrupted, StopOnSignal
 from ditlit.training.module import DiTModule
 from ditlit.training.monitor import RunProgressBar, TrainingMonitor
@@ -14,6 +15,7 @@ __all__ = [
     "CheckpointFiles",
     "DiTModule",
     "DigitsReport",
+    "Heartbeat",
     "Interrupted",
     "RunProgressBar",
     "SampleGrid",

@@ -1,0 +1,97 @@
+"""No rank waits for ever for one that is gone, and the message names it."""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+from test_resume import start
+
+from ditlit.training.heartbeat import Pulse
+
+
+@pytest.fixture
+def ranks():
+    """Three pulses with short times, and what they gave up with."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    said = [[] for _ in range(3)]
+    pulses = []
+    for rank in range(3):
+        client = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=1))
+        times = dict(interval=0.02, patience=0.3, grace=0.1)
+        pulses.append(Pulse(client, rank, 3, said[rank].append, **times))
+    for pulse in pulses:
+        pulse.start()
+    yield pulses, said
+    for pulse in pulses:
+        pulse._ended.set()
+    del server
+
+
+def die(pulse):
+    """As when the process is killed: no word, no further sign of life."""
+    pulse._ended.set()
+
+
+def test_the_living_are_left_alone_and_may_end_at_different_times(ranks):
+    pulses, said = ranks
+    time.sleep(0.5)
+    for pulse in (pulses[2], pulses[1], pulses[0]):
+        pulse.end()
+        time.sleep(0.4)
+    assert said == [[], [], []]
+
+
+@pytest.mark.parametrize("dead", [0, 2])
+def test_the_dead_rank_is_named_by_all_others(ranks, dead):
+    pulses, said = ranks
+    time.sleep(0.1)
+    die(pulses[dead])
+    time.sleep(0.8)
+    expected = [f"rank {dead} is gone: no sign of life for 0 seconds"]
+    assert [words for rank, words in enumerate(said) if rank != dead] == [expected, expected]
+
+
+def test_a_rank_that_fails_says_why(ranks):
+    pulses, said = ranks
+    pulses[1].fail("InputError: shard-00003.safetensors is missing")
+    time.sleep(0.3)
+    expected = ["rank 1 failed (InputError: shard-00003.safetensors is missing)"]
+    assert said == [expected, [], expected]
+
+
+def test_ranks_that_fail_together_end_with_their_own_messages(ranks):
+    pulses, said = ranks
+    for pulse in pulses:
+        pulse._ended.set()
+    for pulse in pulses:
+        pulse.fail("InputError: the same everywhere")
+    assert said == [[], [], []]
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_killed_rank_ends_the_run(tmp_path, store, dead):
+    process = start(tmp_path / "run", store, 2, kill_at=3, kill_rank=dead)
+    try:
+        assert process.wait(timeout=100) < 0
+        deadline = time.monotonic() + 60
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)  # until none of its processes is left
+                time.sleep(0.1)
+            pytest.fail("a rank was still waiting a minute later")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    if dead == 0:
+        assert "ditlit: rank 1 stops because rank 0 is gone" in log and "Traceback" not in log
+    else:  # Lightning watches the processes that it has started itself
+        assert "[rank: 1] Child process" in log and "terminated with code -9" in log
