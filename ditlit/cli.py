@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ditlit.data import LatentDataModule
 from ditlit.errors import InputError
 from ditlit.training import CheckpointFiles, DiTModule, Heartbeat, Interrupted, StopOnSignal
 from ditlit.training.checkpoint_files import newest_complete
+from ditlit.training.curves import RunLogger
 from ditlit.training.nonfinite import Diverged
 
 DESCRIPTIONS = {
@@ -58,6 +59,23 @@ def with_found_configs(args: list[str]) -> list[str]:
         elif arg.startswith("--config="):
             args[i] = "--config=" + find_config(arg.removeprefix("--config="))
     return args
+
+
+def check_writable(folder: Path) -> None:
+    """Create a run's folder.
+
+    Raises:
+        InputError: where that fails, or no file can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise InputError(
+            f"cannot write to the run's folder {folder}: {error.strerror or error}; choose another with "
+            "--trainer.default_root_dir"
+        ) from None
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -110,20 +128,22 @@ class DitlitCLI(LightningCLI):
         trainer = self._get(self.config, "trainer")
         if trainer.default_root_dir is None:
             trainer.default_root_dir = "runs/default"
-        # TensorBoardLogger below default_root_dir itself, not in a new lightning_logs/version_n each time.
+        # RunLogger below default_root_dir itself, not in a new lightning_logs/version_n each time.
         self._default_logger = trainer.logger is None or trainer.logger is True
 
     def instantiate_trainer(self, **kwargs):
         if self._default_logger:
             root = self._get(self.config_init, "trainer").default_root_dir
-            kwargs["logger"] = TensorBoardLogger(root, name="", version="")
+            kwargs["logger"] = RunLogger(root, name="", version="")
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no other one in trainer.plugins
             trainer.strategy.checkpoint_io = CheckpointFiles()
         return trainer
 
     def before_fit(self) -> None:
-        """Refuse to write a new run over an old one; a SLURM job that was requeued continues."""
+        """Refuse to write a new run over an old one, or where nothing can be written; a requeued SLURM job continues."""
+        if not self.trainer.fast_dev_run:
+            check_writable(Path(self.trainer.default_root_dir))
         if self._get(self.config_init, "ckpt_path") is not None or self.trainer.fast_dev_run:
             return
         if int(os.environ.get("SLURM_RESTART_COUNT", 0)):

@@ -180,7 +180,5 @@ def test_going_back_then_stopping(fit, tmp_path):
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(fit):
-    with pytest.raises(
-        Diverged, match=r"up to step 3, .* and there is no checkpoint to go back to. First: the latents"
-    ):
+    with pytest.raises(Diverged, match=r"step 3, .* and there is no checkpoint to go back to. First: the latents"):
         fit(Poison(0), max_bad_steps=3, steps=9)
