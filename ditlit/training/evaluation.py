@@ -87,6 +87,7 @@ class SampleMetrics(Callback):
         self._real_hash = ""
         self._autoencoder: Autoencoder | None = None
         self._chosen: list[str] = []
+        self._loaded_step = 0  # of the checkpoint that is tested
 
     # Before the first step --------------------------------------------------------------------------------------------
 
@@ -101,6 +102,9 @@ class SampleMetrics(Callback):
         self._chosen = chosen_metrics(self.metrics, self._network)
         self._real = open_source(self.reference, self._network, self.reference_size, device=device)
         check_side(self._chosen, self._real, generated=False)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._loaded_step = checkpoint["global_step"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._read_reference(trainer)
@@ -185,12 +189,13 @@ class SampleMetrics(Callback):
         return Source(about, features=features)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, results: Results, generated: Source) -> None:
+        step = self._loaded_step if trainer.testing or trainer.validating else trainer.global_step
         with pl_module.averaged():
             checkpoint = weights_hash(pl_module.denoiser)
         generated.about["job"] = {
             "checkpoint": checkpoint,
             "ckpt_path": str(trainer.ckpt_path) if trainer.ckpt_path else None,
-            "step": trainer.global_step,
+            "step": step,
             "weights": "raw" if pl_module.ema is None else "ema",
             "sampling": asdict(pl_module.sampling),
             "seed": self.seed,
@@ -201,9 +206,9 @@ class SampleMetrics(Callback):
             "quantisation": "floor(127.5 x + 128), clamped to 0..255",
         }
         device = trainer.strategy.root_device
-        report = passport(results, generated, self._real, self._network, device, ("", self._real_hash))
+        report = passport(results, generated, self._real, self._network, device, ("not kept", self._real_hash))
         kind = "test" if trainer.testing else "step"
-        write_report(report, self._folder / "evaluations" / f"{kind}-{trainer.global_step:08d}.json")
+        write_report(report, self._folder / "evaluations" / f"{kind}-{step:08d}.json")
 
 
 def as_key(name: str) -> str:
