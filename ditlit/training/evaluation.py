@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from ditlit.data.vae import Autoencoder, load_autoencoder, weights_hash
@@ -189,7 +190,8 @@ class SampleMetrics(Callback):
         return Source(about, features=features)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, results: Results, generated: Source) -> None:
-        step = self._loaded_step if trainer.testing or trainer.validating else trainer.global_step
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        step = self._loaded_step if trainer.ckpt_path and not fitting else trainer.global_step
         with pl_module.averaged():
             checkpoint = weights_hash(pl_module.denoiser)
         generated.about["job"] = {
