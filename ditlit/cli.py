@@ -141,7 +141,7 @@ class DitlitCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Refuse to write a new run over an old one, or where nothing can be written; a requeued SLURM job continues."""
+        """Refuse to write over an old run, or where nothing can be written; a requeued SLURM job continues."""
         if not self.trainer.fast_dev_run:
             check_writable(Path(self.trainer.default_root_dir))
         if self._get(self.config_init, "ckpt_path") is not None or self.trainer.fast_dev_run:

@@ -12,6 +12,13 @@ from ditlit.errors import InputError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
+# Far beyond any store there is, and small enough to calculate with.
+MAX_SIDE = 2**16  # channels, height, width
+MAX_CLASSES = 2**24
+MAX_BYTES = 2**52
+MAX_NUMBER = 1e30
+LABEL_BYTES = 8  # of a sample in a file, at least
+
 
 @dataclass
 class Shard:
@@ -85,7 +92,7 @@ def read_manifest(folder: Folder) -> Manifest:
         version = content["version"]
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{where} is damaged ({error!r}); write the store again") from None
     if version != FORMAT_VERSION:
         raise InputError(f"{where} has format version {version}, this ditlit reads version {FORMAT_VERSION}")
@@ -96,23 +103,55 @@ def read_manifest(folder: Folder) -> Manifest:
             content["labels"] = Shard(**content["labels"])
         manifest = Manifest(**{k: v for k, v in content.items() if k in known})
         manifest.shape = tuple(manifest.shape)
-        c, h, w = manifest.shape
-        valid = (
-            manifest.kind in ("moments", "latents")
-            and min(c, h, w, manifest.num_classes) > 0
-            and manifest.num_samples > 0
-            and len(manifest.shift) in (1, c)
-            and len(manifest.scale) in (1, c)
-            and len(manifest.class_names or range(manifest.num_classes)) == manifest.num_classes
-            and (manifest.labels is None or manifest.labels.num_samples == manifest.num_samples)
-        )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{where} is damaged ({error}); write the store again") from None
-    if not valid:
-        raise InputError(f"{where} is damaged (its fields contradict each other); write the store again")
+    wrong = wrong_field(manifest)
+    if wrong is not None:
+        raise InputError(f"{where} is damaged (its fields contradict each other: {wrong}); write the store again")
     for shard in [*manifest.shards, *filter(None, [manifest.labels])]:
         if not re.fullmatch("[0-9a-f]{64}", str(shard.sha256)):  # names files in the cache
             raise InputError(f"{where} is damaged (the checksum of {shard.file!r} is none); write the store again")
         if PurePosixPath(shard.file).name != shard.file or shard.file in ("", ".", ".."):
             raise InputError(f"{where} lists the file {shard.file!r}, which leads out of its folder; do not trust it")
     return manifest
+
+
+def wrong_field(manifest: Manifest) -> str | None:
+    """The first field that cannot be meant, if any: nothing is allocated or opened on the word of such a manifest."""
+    shape, shards, labels = manifest.shape, manifest.shards, manifest.labels
+    if manifest.kind not in ("moments", "latents"):
+        return f"kind {manifest.kind!r}"
+    if len(shape) != 3 or not all(is_count(side, 1, MAX_SIDE) for side in shape):
+        return f"shape {shape}"
+    if not is_count(manifest.num_classes, 1, MAX_CLASSES):
+        return f"num_classes {manifest.num_classes!r}"
+    if not isinstance(manifest.flipped, bool):
+        return f"flipped {manifest.flipped!r}"
+    for shard in (*shards, *([labels] if labels else [])):
+        counts = is_count(shard.num_samples, 0, MAX_BYTES) and is_count(shard.num_bytes, 0, MAX_BYTES)
+        if not counts or not isinstance(shard.file, str) or LABEL_BYTES * shard.num_samples > shard.num_bytes:
+            return f"{shard.num_samples!r} samples in {shard.num_bytes!r} bytes of {shard.file!r}"
+    if len({shard.file for shard in shards}) < len(shards):
+        return "a shard is listed twice"
+    if manifest.num_samples == 0 or (labels and labels.num_samples != manifest.num_samples):
+        return "the number of samples"
+    for name, values in (("shift", manifest.shift), ("scale", manifest.scale)):
+        if not isinstance(values, list) or len(values) not in (1, shape[0]) or not all(map(is_number, values)):
+            return f"{name} {values!r}"
+    names = manifest.class_names
+    if names is not None and not (isinstance(names, list) and len(names) == manifest.num_classes):
+        return "class_names"
+    texts = [*(names or []), *([] if manifest.preprocessing is None else [manifest.preprocessing])]
+    if not all(isinstance(text, str) for text in texts):
+        return "class_names or preprocessing"
+    if manifest.image_size is not None and not is_count(manifest.image_size, 1, MAX_BYTES):
+        return f"image_size {manifest.image_size!r}"
+    return None if manifest.vae is None or isinstance(manifest.vae, dict) else f"vae {manifest.vae!r}"
+
+
+def is_count(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER  # false for NaN

@@ -8,7 +8,9 @@ A shard ``shard-00000.safetensors`` holds, for its n samples,
 """
 
 import hashlib
+import itertools
 import json
+import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +85,10 @@ def map_shard(path: Path, shard: Shard, manifest: Manifest) -> ShardArrays:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; copy or encode this shard again") from None
+    except (OSError, ValueError) as error:  # a folder, an empty file
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read ({error}); copy or encode this shard again") from None
     return parse_shard(memory, shard, manifest, str(path))
 
 
@@ -98,22 +104,26 @@ def parse_shard(data: mmap.mmap | bytes, shard: Shard, manifest: Manifest, where
     if manifest.flipped:
         expected[f"flipped_{manifest.kind}"] = shape
     start, header = read_header(data, where)
-    arrays = {}
+    arrays, spans = {}, []
     for name, shape in expected.items():
-        entry = header.get(name, {})
-        dtypes = ("I64",) if name == "labels" else DTYPES
-        if entry.get("dtype") not in dtypes or tuple(entry.get("shape", ())) != shape:
+        entry = header.get(name)
+        entry = entry if isinstance(entry, dict) else {}
+        dtypes = ("I64",) if name == "labels" else tuple(DTYPES)
+        if entry.get("dtype") not in dtypes or entry.get("shape") != list(shape):
             raise InputError(
                 f"{where} should hold {name!r} of shape {shape}, but has "
-                f"{entry.get('dtype', 'nothing')} {tuple(entry.get('shape', ()))}; write the store again"
+                f"{entry.get('dtype', 'nothing')} {entry.get('shape', [])}; write the store again"
             )
         dtype = np.int64 if name == "labels" else GATHER_DTYPES[DTYPES[entry["dtype"]].itemsize]
-        first, end = entry["data_offsets"]
-        try:
-            flat = np.frombuffer(data, np.uint8, end - first, start + first)
-            arrays[name] = flat.view(dtype).reshape(shape)
-        except ValueError:
-            raise InputError(f"{where} is corrupt: its header contradicts itself; encode this shard again") from None
+        first, end = span_of(entry.get("data_offsets"), where)
+        if end - first != math.prod(shape) * np.dtype(dtype).itemsize or start + end > len(data):
+            raise contradiction(where)
+        flat = np.frombuffer(data, np.uint8, end - first, start + first)
+        arrays[name] = flat.view(dtype).reshape(shape)
+        spans.append((first, end))
+    spans.sort()
+    if any(end > first for (_, end), (first, _) in itertools.pairwise(spans)):
+        raise contradiction(where)
     flipped = arrays.get(f"flipped_{manifest.kind}")
     if flipped is not None and header[f"flipped_{manifest.kind}"]["dtype"] != header[manifest.kind]["dtype"]:
         raise InputError(f"{where} holds latents and flipped latents of different types; write the store again")
@@ -127,9 +137,23 @@ def read_header(data: mmap.mmap | bytes, where: str) -> tuple[int, dict]:
         header = json.loads(data[8 : 8 + length])
         if not isinstance(header, dict):
             raise ValueError
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{where} is corrupt: it has no readable header; copy or encode this shard again") from None
     return 8 + length, header
+
+
+def span_of(offsets: object, where: str) -> tuple[int, int]:
+    """First byte of an array and the one past its last, as the header gives them."""
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(offset) is not int for offset in offsets):
+        raise contradiction(where)
+    first, end = offsets
+    if not 0 <= first <= end:
+        raise contradiction(where)
+    return first, end
+
+
+def contradiction(where: str) -> InputError:
+    return InputError(f"{where} is corrupt: its header contradicts itself; encode this shard again")
 
 
 def check_size(size: int, shard: Shard, where: str) -> None:
