@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,22 @@ def check_writable(folder: Path) -> None:
         ) from None
 
 
+def own_words(error: InputError) -> str:
+    """What an error says, without the traceback that a process which reads data ahead puts around it."""
+    text = str(error)
+    return text.rsplit("InputError: ", 1)[-1].strip() if text.startswith("Caught InputError in DataLoader") else text
+
+
+def format_warning(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+    """Warnings of this package as one line, those of others as ever."""
+    if Path(__file__).parent in Path(filename).parents:
+        return f"ditlit: warning: {message}\n"
+    return others_format(message, category, filename, lineno, line)
+
+
+others_format = warnings.formatwarning
+
+
 class SaveFitConfig(SaveConfigCallback):
     """Keeps the configuration of ``fit`` as config.yaml in the run's folder, in a form that every command takes.
 
@@ -99,6 +116,7 @@ class DitlitCLI(LightningCLI):
     """Lightning's command line for :class:`DiTModule` and any :class:`LatentDataModule`."""
 
     def __init__(self, args: list[str] | None = None):
+        warnings.formatwarning = format_warning
         super().__init__(
             DiTModule,
             LatentDataModule,
@@ -166,6 +184,8 @@ class DitlitCLI(LightningCLI):
             if self.trainer.is_global_zero:
                 print(f"\nditlit: error: {error}", file=sys.stderr)
             sys.exit(1)
+        except InputError as error:
+            raise InputError(own_words(error)) from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """The arguments of a command, with ``last`` resolved to the newest checkpoint that is whole."""

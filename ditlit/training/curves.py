@@ -1,5 +1,6 @@
 """TensorBoard curves that may fail without ending the run that they show."""
 
+import threading
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -17,7 +18,14 @@ class RunLogger(TensorBoardLogger):
         file = writer.file_writer
         if file is not None and not isinstance(file.event_writer, Events):
             file.event_writer = Events(file.event_writer)
+            threading.excepthook = report_thread
         return writer
+
+
+def report_thread(args: threading.ExceptHookArgs) -> None:
+    """Errors of threads as ever, but for those of TensorBoard's writer, which :class:`Events` puts in one line."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)
 
 
 class Events:
