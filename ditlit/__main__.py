@@ -43,7 +43,7 @@ def main() -> None:
     command = next((name for name in (" ".join(sys.argv[1:3]), sys.argv[1]) if name in FUNCTIONS), None)
     try:
         if command is not None:
-            settings = command_parser(command).parse_args(sys.argv[1 + len(command.split()) :])
+            settings = command_parser(command).parse_args(joined(sys.argv[1 + len(command.split()) :]))
             settings.pop("config")
             command_function(command)(**settings.as_dict())
         else:
@@ -53,6 +53,14 @@ def main() -> None:
     except InputError as error:
         print(f"\nditlit: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def joined(words: list[str]) -> list[str]:
+    """Words with the two files of ``--compare A.json B.json`` as the one value that its setting takes."""
+    if "--compare" in words[:-2] and not words[words.index("--compare") + 2].startswith("--"):
+        first = words.index("--compare") + 1
+        words = [*words[:first], ",".join(words[first : first + 2]), *words[first + 2 :]]
+    return words
 
 
 def command_function(command: str) -> Callable[..., None]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from ditlit.__main__ import FUNCTIONS, command_parser
+from ditlit.__main__ import FUNCTIONS, command_parser, joined
 from ditlit.cli import DitlitCLI, find_config, with_found_configs
 from ditlit.errors import InputError
 
@@ -142,6 +142,14 @@ def test_fit_then_validate_and_predict(tmp_path):
     assert kept["data"]["init_args"]["predict_samples"] == 100  # of the training, not of the prediction
 
 
+def test_two_reports_are_compared_as_two_words_or_one():
+    assert joined(["--compare", "a.json", "b.json", "--metrics", "fid"]) == [
+        "--compare", "a.json,b.json", "--metrics", "fid",
+    ]  # fmt: skip
+    for words in (["--compare", "a,b"], ["--compare", "a,b", "--out", "c"], ["--generated", "a"]):
+        assert joined(words) == words
+
+
 def readme_commands():
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     for block in blocks:
@@ -158,7 +166,7 @@ def readme_commands():
 def test_readme_commands_parse(cli, words, monkeypatch):
     command = next((name for name in (" ".join(words[:2]), words[0]) if name in FUNCTIONS), None)
     if command is not None:
-        command_parser(command).parse_args(words[len(command.split()) :])
+        command_parser(command).parse_args(joined(words[len(command.split()) :]))
         return
     run_config = "runs/digits/config.yaml"
     if run_config in words:

@@ -92,8 +92,8 @@ def main() -> None:
             if repeat:
                 times[name].append(parts)
     print(
-        f"{args.variant}, batch {args.batch_size}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        f"{', ours compiled' if args.compile else ''}; medians of {args.repeats}"
+        f"{args.variant}, batch {args.batch_size}, {device}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}{', ours compiled' if args.compile else ''}; medians of {args.repeats}"
     )
     flops = 6 * macs(models[0]) * args.batch_size
     medians = {}
