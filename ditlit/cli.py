@@ -160,7 +160,7 @@ class DitlitCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse to write over an old run, or where nothing can be written; a requeued SLURM job continues."""
-        if not self.trainer.fast_dev_run:
+        if not self.trainer.fast_dev_run and not self._is_remote():
             check_writable(Path(self.trainer.default_root_dir))
         if self._get(self.config_init, "ckpt_path") is not None or self.trainer.fast_dev_run:
             return
@@ -190,7 +190,7 @@ class DitlitCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """The arguments of a command, with ``last`` resolved to the newest checkpoint that is whole."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if kwargs.get("ckpt_path") != "last":
+        if kwargs.get("ckpt_path") != "last" or self._is_remote():
             return kwargs
         folders = self._checkpoint_folders()
         found = newest_complete(folders)
@@ -206,6 +206,10 @@ class DitlitCLI(LightningCLI):
         else:
             raise InputError(f"there is no checkpoint in {folders[0]}; give one with --ckpt_path")
         return kwargs
+
+    def _is_remote(self) -> bool:
+        """Whether the run's folder is at a URL; what is there is left to Lightning."""
+        return "://" in str(self.trainer.default_root_dir)
 
     def _checkpoint_folders(self) -> list[Path]:
         """Where this run's checkpoints are: in its own folder, unless a ModelCheckpoint is told otherwise."""

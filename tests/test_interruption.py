@@ -3,14 +3,18 @@
 import os
 import signal
 import stat
+import sys
 import time
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
+from ditlit.cli import DitlitCLI
 from ditlit.data import LatentDataModule
+from ditlit.errors import InputError
 from ditlit.training import CheckpointFiles, Interrupted, StopOnSignal
+from ditlit.training.checkpoint_files import write
 from ditlit.training.interruption import requeue
 
 STEPS = 6
@@ -102,3 +106,43 @@ def test_a_slurm_job_is_requeued(fit, tmp_path, monkeypatch):
     assert (tmp_path / "called").read_text().split("\n") == ["requeue 7", "requeue 8_3", ""]
     scontrol.write_text("#!/bin/sh\necho Access denied >&2; exit 1\n")
     assert requeue() == "SLURM did not requeue job 8_3 (Access denied); submit it again with --ckpt_path last"
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """The arguments with which a command line, on a run in ``tmp_path``, would call the trainer."""
+    monkeypatch.setattr(DitlitCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.setattr(sys, "argv", ["ditlit"])
+
+    def arguments(subcommand, *args):
+        folder = ["--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu"]
+        with torch.device("meta"):
+            cli = DitlitCLI([subcommand, "--config", "digits.yaml", *folder, *args])
+        getattr(cli, f"before_{subcommand}", lambda: None)()
+        return cli._prepare_subcommand_kwargs(subcommand)
+
+    return arguments
+
+
+def test_a_requeued_job_continues_and_any_other_new_run_is_refused(command, tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert command("fit")["ckpt_path"] is None
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    write({"global_step": 3}, last)
+    with pytest.raises(InputError, match="holds a run already"):
+        command("fit")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert command("fit")["ckpt_path"] == str(last)
+
+
+def test_last_is_the_newest_whole_checkpoint_for_every_command(command, tmp_path):
+    assert command("fit", "--ckpt_path", "last")["ckpt_path"] is None  # so that one job script starts and continues
+    with pytest.raises(InputError, match=r"there is no checkpoint in .*checkpoints; give one with --ckpt_path"):
+        command("validate", "--ckpt_path", "last")
+    for step in (3, 4):
+        write({"global_step": step}, tmp_path / "checkpoints" / "last.ckpt")
+    previous = tmp_path / "checkpoints" / "last-previous.ckpt"
+    os.truncate(tmp_path / "checkpoints" / "last.ckpt", 100)
+    for subcommand in ("fit", "validate", "test", "predict"):
+        assert command(subcommand, "--ckpt_path", "last")["ckpt_path"] == str(previous)
+    assert command("validate", "--ckpt_path", "other.ckpt")["ckpt_path"] == "other.ckpt"

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,7 +110,7 @@ class StopOnSignal(Callback):
 
     def _stop(self, trainer: Trainer, signum: int) -> None:
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-        path = Path(folder or Path(trainer.default_root_dir) / "checkpoints") / "last.ckpt"
+        path = os.path.join(folder or os.path.join(trainer.default_root_dir, "checkpoints"), "last.ckpt")  # or a URL
         trainer.save_checkpoint(path)
         files = trainer.strategy.checkpoint_io
         failed = files.error if isinstance(files, CheckpointFiles) else None
