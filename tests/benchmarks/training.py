@@ -7,6 +7,7 @@ DiTTransformer2DModel of equal depth and width in bf16 (mixed precision: float32
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def make_step(model: nn.Module, call: Callable, precision: str, batch: tuple[Ten
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1e-4)
         marks.append(now(device))
         names = ("forward", "backward", "optimizer", "ema")
-        return dict(zip(names, (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True))
+        return dict(zip(names, (b - a for a, b in itertools.pairwise(marks)), strict=True))
 
     return step
 
