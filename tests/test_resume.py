@@ -123,7 +123,7 @@ def test_killed_and_continued(tmp_path, store, devices, kill_at):
 def test_one_rank_is_told_to_stop_and_the_newest_checkpoint_is_damaged(tmp_path, store):
     """All ranks stop together; ``last`` passes over the damaged file and the run ends as if it had never stopped."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert fit(whole, store, 1) == 0, (whole / "log.txt").read_text()
+    assert fit(whole, store, 2) == 0, (whole / "log.txt").read_text()
     status = fit(broken, store, 2, kill_at=9, kill_rank=1, signum=int(signal.SIGTERM))
     log = (broken / "log.txt").read_text()
     assert status == 128 + signal.SIGTERM, log
@@ -140,5 +140,4 @@ def test_one_rank_is_told_to_stop_and_the_newest_checkpoint_is_damaged(tmp_path,
     checkpoints = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (whole, broken)]
     assert checkpoints[0]["global_step"] == checkpoints[1]["global_step"] == 12
     for key in ("state_dict", "current_model_state"):
-        for name, value in checkpoints[0][key].items():  # on other numbers of processes, sums round differently
-            torch.testing.assert_close(value, checkpoints[1][key][name], rtol=1e-3, atol=1e-5)
+        assert all(torch.equal(value, checkpoints[1][key][name]) for name, value in checkpoints[0][key].items())
