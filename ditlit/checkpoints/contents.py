@@ -57,7 +57,11 @@ class Contents:
 def describe(instance: Any) -> dict[str, Any]:
     """Class path and constructor keywords of a denoiser or process, as in a configuration file."""
     # Of a default argument, jsonargparse makes an instance of a subclass of its own.
-    cls = next(cls for cls in type(instance).__mro__ if not cls.__name__.startswith(("LazyInstance_", "_LazyInit")))
+    cls = next(
+        cls
+        for cls in type(instance).__mro__
+        if not cls.__module__.startswith("jsonargparse") and not cls.__name__.startswith("LazyInstance_")
+    )
     return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": instance.config}
 
 
