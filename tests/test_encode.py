@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
 from ditlit.commands.encode import encode
@@ -147,6 +147,24 @@ def test_an_autoencoder_without_posterior_and_its_decoder(images, tiny, tmp_path
     assert store.manifest.scale == [1.5] and not store.manifest.flipped and store.manifest.kind == "latents"
     decode = load_decoder(store.manifest.vae, None, torch.device("cpu"))
     torch.testing.assert_close(decode(found), decoded, rtol=1e-3, atol=1e-4)
+
+
+def test_a_deep_compression_autoencoder(tmp_path):
+    torch.manual_seed(0)
+    small = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8, 8, 8))
+    small |= dict.fromkeys(("encoder_layers_per_block", "decoder_layers_per_block"), (1, 1, 1))
+    small |= dict.fromkeys(("encoder_block_types", "decoder_block_types"), "ResBlock")
+    small |= dict.fromkeys(("encoder_qkv_multiscales", "decoder_qkv_multiscales"), ((), (), ()))
+    vae = AutoencoderDC(latent_channels=4, scaling_factor=0.41, **small).eval()
+    vae.save_pretrained(tmp_path)
+    ours = Autoencoder(str(tmp_path))
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    latents = ours.encode(images)
+    assert (ours.kind, ours.scale) == ("latents", [0.41])
+    with torch.no_grad():
+        torch.testing.assert_close(latents, vae.encode(images.float() / 127.5 - 1).latent, rtol=1e-4, atol=1e-5)
+        decoded = vae.decode(latents).sample.clamp(-1, 1)
+    torch.testing.assert_close(ours.decode(latents), decoded, rtol=1e-3, atol=1e-4)
 
 
 def test_pixels_are_stored_as_they_are(images, tmp_path):
