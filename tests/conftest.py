@@ -6,7 +6,10 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from weights import LATENTS, contents_of
 
+from ditlit import checkpoints
+from ditlit.checkpoints.safetensors_files import write_safetensors
 from ditlit.data import LatentDataModule, write_store
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.models import DiT
@@ -73,5 +76,20 @@ def make_trainer(tmp_path):
             val_check_interval=1000,
         )
         return Trainer(**(settings | changes))
+
+    return make
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Writes a model with its configuration as a file of ours."""
+
+    def make(model, process=None, latents=LATENTS, name="source.safetensors"):
+        contents = contents_of(model)
+        contents.latents = latents
+        contents.process = checkpoints.describe(process or GaussianDiffusion())
+        contents.step = 400_000
+        write_safetensors(contents, tmp_path / name)
+        return str(tmp_path / name)
 
     return make

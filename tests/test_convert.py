@@ -5,10 +5,9 @@ import itertools
 import pytest
 import torch
 from jsonargparse import auto_cli
-from weights import LATENTS, assert_same, contents_of, parameters, released, scrambled
+from weights import LATENTS, assert_same, parameters, released, scrambled
 
 from ditlit import checkpoints
-from ditlit.checkpoints.safetensors_files import write_safetensors
 from ditlit.commands.convert import convert
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.errors import InputError
@@ -16,21 +15,6 @@ from ditlit.models import DiT
 from ditlit.training import DiTModule
 
 FORMATS = {"ckpt": "x.ckpt", "released": "x.pt", "safetensors": "x.safetensors", "diffusers": "folder"}
-
-
-@pytest.fixture
-def source(tmp_path):
-    """Writes a model with its configuration as a file of ours."""
-
-    def make(model, process=None, latents=LATENTS, name="source.safetensors"):
-        contents = contents_of(model)
-        contents.latents = latents
-        contents.process = checkpoints.describe(process or GaussianDiffusion())
-        contents.step = 400_000
-        write_safetensors(contents, tmp_path / name)
-        return str(tmp_path / name)
-
-    return make
 
 
 # Round trips ---------------------------------------------------------------------------------------------------------

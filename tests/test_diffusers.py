@@ -4,30 +4,14 @@ import json
 
 import pytest
 import torch
-from weights import LATENTS, assert_same, contents_of, parameters, scrambled
+from weights import LATENTS, assert_same, parameters, scrambled
 
 from ditlit import checkpoints
-from ditlit.checkpoints.safetensors_files import write_safetensors
 from ditlit.checkpoints.timesteps import MLP, refitted
 from ditlit.commands.convert import convert
 from ditlit.diffusion import GaussianDiffusion, Guided, ddim
 from ditlit.errors import InputError
 from ditlit.models import DiT
-
-
-@pytest.fixture
-def source(tmp_path):
-    """Writes a model with its configuration as a file of ours."""
-
-    def make(model, process=None, latents=LATENTS, name="source.safetensors"):
-        contents = contents_of(model)
-        contents.latents = latents
-        contents.process = checkpoints.describe(process or GaussianDiffusion())
-        contents.step = 400_000
-        write_safetensors(contents, tmp_path / name)
-        return str(tmp_path / name)
-
-    return make
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def pixels(folder):
 
 
 def test_what_is_drawn_is_what_the_sampler_gives(checkpoint, tmp_path):
-    draw(checkpoint, tmp_path, classes="3,1", save="png,npz,latents", batch_size=6)
+    draw(checkpoint, tmp_path, classes="3,1", save="npz,latents", batch_size=6)
     loaded = checkpoints.load(checkpoint)
     labels = torch.tensor([3, 3, 3, 1, 1, 1])
     settings = Sampling("ddpm", 4, guidance_scale=4.0)
@@ -107,8 +107,8 @@ def test_a_picture_does_not_depend_on_its_batch(checkpoint, tmp_path, sampler):
 
 
 def test_two_processes_and_a_killed_job_make_the_same_bytes(checkpoint, tmp_path):
-    draw(checkpoint, tmp_path / "one", num_samples=18, save="png,latents")
-    settings = dict(ckpt=checkpoint, num_steps=4, batch_size=4, num_samples=18, accelerator="cpu", save="png,latents")
+    draw(checkpoint, tmp_path / "one", num_samples=18, save="latents")
+    settings = dict(ckpt=checkpoint, num_steps=4, batch_size=4, num_samples=18, accelerator="cpu", save="latents")
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "ditlit", "sample", *words]
     result = subprocess.run(
@@ -123,7 +123,7 @@ def test_two_processes_and_a_killed_job_make_the_same_bytes(checkpoint, tmp_path
         os.unlink(tmp_path / "two" / "images" / f"{i:06d}.png")
     os.unlink(tmp_path / "two" / "latents" / "000016-000017.safetensors")
     before = {name: (tmp_path / "two" / "images" / name).stat().st_mtime_ns for name in images(tmp_path / "two")}
-    draw(checkpoint, tmp_path / "two", num_samples=18, save="png,latents")
+    draw(checkpoint, tmp_path / "two", num_samples=18, save="latents")
     assert images(tmp_path / "two") == whole and kept.exists()
     after = {name: (tmp_path / "two" / "images" / name).stat().st_mtime_ns for name in before}
     assert after == before  # only what was missing was written
@@ -253,7 +253,7 @@ def test_labels_of_many_samples():
 
 def test_mistakes(checkpoint, tmp_path, monkeypatch):
     for changes, message in (
-        (dict(save="jpg"), "--save takes png, npz, latents, got 'jpg'"),
+        (dict(save="jpg"), "--save takes npz, latents, got 'jpg'"),
         (dict(batch_size=0), "--batch_size is too small"),
         (dict(sheet_scales="1,x"), "numbers separated by commas"),
         (dict(vae="some/vae"), "latents of this store are pixels"),

@@ -23,7 +23,7 @@ from ditlit.generation.sheets import class_sheet, guidance_sheet, noise_sheet
 from ditlit.pictures import grid_of, save_animation, save_png
 
 DEFAULT_CLASSES = 10
-PRODUCTS = ("png", "npz", "latents")
+PRODUCTS = ("npz", "latents")
 ANIMATED = 16  # most images in the animation
 
 
@@ -49,7 +49,7 @@ def sample(
     vae: str | None = None,
     decode_batch_size: int = 16,
     vae_tiling: bool = False,
-    save: str = "png",
+    save: str | None = None,
     save_steps: int | None = None,
     sheet: Literal["guidance", "noise", "classes"] | None = None,
     sheet_scales: str = "1,1.5,2,4,8",
@@ -89,7 +89,8 @@ def sample(
         vae: folder or hub name of the VAE, instead of the one that the checkpoint names.
         decode_batch_size: images decoded at once.
         vae_tiling: decode in tiles, where memory is short; seams may show.
-        save: what to keep, separated by commas: png, npz (as the ADM evaluator reads it), latents.
+        save: what to keep beside the PNG files, by which a job continues, separated by commas: npz, as ADM's evaluator
+            reads it, and latents.
         save_steps: also draw the denoising of the first images as denoising.webp, a frame every so many steps.
         sheet: draw a sheet instead of images, a row for each class: along the guidance scale, from one noise to
             another, or from one class to the next.
@@ -99,7 +100,7 @@ def sample(
         devices: number of devices of this machine, or auto: all GPUs, or one process on the CPU.
         num_nodes: number of machines.
     """
-    products = {word.strip() for word in save.split(",")}
+    products = {word.strip() for word in (save or "").split(",")} - {""}
     if not products <= set(PRODUCTS):
         raise InputError(f"--save takes {', '.join(PRODUCTS)}, got {save!r}")
     for name, value in {
@@ -150,6 +151,9 @@ def sample(
         },
     }
 
+    folder = SampleFolder(out, y, "latents" in products)
+    if sheet is None:
+        folder.check(job)
     fabric, _ = launch(accelerator, devices, num_nodes)
     drawer = Drawer(
         loaded.denoiser,
@@ -169,7 +173,6 @@ def sample(
             save_png(draw_sheet(drawer, sheet, chosen, scales, sheet_columns, batch_size), path)
             print(f"Look at {path}")
         return
-    folder = SampleFolder(out, y, "latents" in products)
     if fabric.global_rank == 0:
         folder.begin(job)
     fabric.barrier()

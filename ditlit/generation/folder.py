@@ -41,14 +41,13 @@ class SampleFolder:
         self.keep_latents = keep_latents
         self._present: set[str] = set()
 
-    def begin(self, job: dict[str, Any]) -> None:
-        """Write down what is asked for, and list what is there already.
+    def check(self, job: dict[str, Any]) -> None:
+        """Compare what is asked for with what the folder holds.
 
         Raises:
-            InputError: where the folder holds images of another job.
+            InputError: where it holds images of another job.
         """
-        record = self.path / JOB
-        (self.path / IMAGES).mkdir(parents=True, exist_ok=True)
+        record, images = self.path / JOB, self.path / IMAGES
         if record.exists():
             begun = json.loads(record.read_text())
             different = [name for name in job if name != "made_by" and begun.get(name) != as_json(job[name])]
@@ -57,13 +56,16 @@ class SampleFolder:
                     f"{record} says that the images there were asked for with other {', '.join(different)}; choose "
                     "another folder, or delete it"
                 )
-        elif any((self.path / IMAGES).iterdir()):
-            raise InputError(f"{self.path / IMAGES} holds images of something else; choose another folder")
-        else:
-            write_atomically(record, json.dumps(job, indent=1).encode())
+        elif images.is_dir() and any(images.iterdir()):
+            raise InputError(f"{images} holds images of something else; choose another folder")
+
+    def begin(self, job: dict[str, Any]) -> None:
+        """Write down what is asked for, where that is not done yet, and clear away what a killed job left."""
+        (self.path / IMAGES).mkdir(parents=True, exist_ok=True)
+        if not (self.path / JOB).exists():
+            write_atomically(self.path / JOB, json.dumps(job, indent=1).encode())
         for folder in (IMAGES, LATENTS):
             remove_leftovers(self.path / folder)
-        self.look()
 
     def look(self) -> None:
         """List what is there."""
