@@ -247,6 +247,9 @@ def test_labels_of_many_samples():
     random = plan_labels(range(10), 20_000, 1, "random", 0)
     assert torch.equal(random[:50], plan_labels(range(10), 50, 1, "random", 0))
     assert not torch.equal(random[:50], plan_labels(range(10), 50, 1, "random", 1))
+    for distance in (1, 2, 3):  # neighbours know nothing of each other
+        same = (random[distance:] == random[:-distance]).float().mean()
+        assert abs(same - 0.1) < 5 * (0.09 / 20_000) ** 0.5
     counts = random.bincount()
     assert ((counts - 2000).abs() < 5 * (2000 * 0.9) ** 0.5).all() and counts.float().std() > 0
 

@@ -82,6 +82,14 @@ def test_fast_solvers_recover_a_gaussian_at_second_order(sampler, schedule):
     assert errors[1] < (first - truth).abs().max().item() / 2  # better than first order at the same cost
 
 
+def test_fast_solvers_start_at_the_last_timestep_and_spread_evenly():
+    process, visited = GaussianDiffusion(), []
+    noise, y = torch.zeros(1, 1, 2, 2), torch.zeros(1, dtype=torch.long)
+    settings = Sampling(sampler="dpm++", num_steps=9, guidance_scale=1.0)
+    settings(process, exact(process), (1, 2, 2), y, 1, [0], callback=lambda step, t, *_: visited.append(t), noise=noise)
+    assert visited == [999, 888, 777, 666, 555, 444, 333, 222, 111]
+
+
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="deterministic and evenly spaced: leave eta and spacing alone"):
         Sampling(sampler="dpm++", eta=0.5)

@@ -120,7 +120,7 @@ def encode(
     fabric.barrier()
     shards = dict(enumerate(plan(len(source), shard_size, shuffle)))
     mine = share(sorted(k for k in shards if shard_name(k) in files), fabric)
-    done = gathered({k: read_back(folder, k, len(shards[k]), autoencoder.kind) for k in mine}, fabric)
+    done = gathered({k: read_back(folder, k, autoencoder.kind) for k in mine}, fabric)
     done = {k: written for k, written in done.items() if written is not None}
     encoder = ShardEncoder(
         source,
