@@ -5,8 +5,9 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
@@ -132,6 +133,13 @@ class DitlitCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="highest",
+            help="of float32 matrix products on GPUs: highest is float32, high is TF32, medium bf16. Products "
+            "in 16 bits (trainer.precision bf16-mixed) are not concerned.",
+        )
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
@@ -143,6 +151,7 @@ class DitlitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Keep everything of a run in one folder, so that ``--ckpt_path last`` finds it again."""
+        torch.set_float32_matmul_precision(self._get(self.config, "matmul_precision"))
         trainer = self._get(self.config, "trainer")
         if trainer.default_root_dir is None:
             trainer.default_root_dir = "runs/default"

@@ -45,10 +45,11 @@ class Guided:
         if self.interval is None:
             return self._guided(x_t, t, y)
         inside = (t >= self.interval[0]) & (t <= self.interval[1])  # (N,)
-        if not inside.any():
+        here = set(inside.tolist())  # samplers have one timestep for all samples, mixed batches are rare
+        if True not in here:
             return self.model(x_t, t, y)
         guided = self._guided(x_t, t, y)
-        return guided if inside.all() else torch.where(inside[:, None, None, None], guided, self.model(x_t, t, y))
+        return guided if False not in here else torch.where(inside[:, None, None, None], guided, self.model(x_t, t, y))
 
     def _guided(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         channels = x_t.shape[1]

@@ -1,9 +1,9 @@
 """A training step of DiT-S/2 beside the same model written plainly and diffusers': loss, backward, AdamW and EMA.
 
-    python tests/benchmarks/training.py [--variant DiT-S/2] [--batch_size 16] [--compile] [--repeats 5]
+    python tests/benchmarks/training.py [--variant DiT-S/2] [--batch_size 16] [--repeats 5]
 
-Contenders take turns in one run: the plain model in float32 and in bf16, ours in both, and diffusers'
-DiTTransformer2DModel of equal depth and width in bf16 (mixed precision: float32 weights, bf16 products).
+Contenders take turns in one run: the plain model in float32 and in bf16, ours in both and compiled in bf16, and
+diffusers' DiTTransformer2DModel of equal depth and width in bf16 (mixed precision: float32 weights, bf16 products).
 """
 
 import argparse
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ditlit.diffusion import GaussianDiffusion
 from ditlit.models import DiT, macs
+from ditlit.models.compiling import compile_blocks
 
 
 def make_step(model: nn.Module, call: Callable, precision: str, batch: tuple[Tensor, Tensor]) -> Callable[[], dict]:
@@ -59,16 +60,15 @@ def main() -> None:
     parser.add_argument("--variant", default="DiT-S/2")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     batch = torch.randn(args.batch_size, 4, 32, 32, device=device), torch.arange(args.batch_size, device=device)
 
-    def ours() -> DiT:
+    def ours(compiled: bool = False) -> DiT:
         model = DiT(args.variant).to(device).train()
-        if args.compile:
-            model.compile()
+        if compiled:
+            compile_blocks(model, device)
         return model
 
     plain = [PlainDiT(DiT(args.variant)).to(device).train() for _ in range(2)]
@@ -78,13 +78,14 @@ def main() -> None:
         in_channels=4, out_channels=8, num_layers=config["depth"], sample_size=32, patch_size=config["patch_size"],
         num_embeds_ada_norm=1000, norm_eps=1e-6,
     ).to(device).train()  # fmt: skip
-    models = [ours(), ours()]
+    models = [ours(), ours(), ours(compiled=True)]
     steps = {
         "plain, float32": make_step(plain[0], plain[0], "32", batch),
         "plain, bf16": make_step(plain[1], plain[1], "bf16", batch),
         "diffusers, bf16": make_step(theirs, lambda x, t, y: theirs(x, t, y).sample, "bf16", batch),
         "ditlit, float32": make_step(models[0], models[0], "32", batch),
         "ditlit, bf16": make_step(models[1], models[1], "bf16", batch),
+        "ditlit, bf16, compiled": make_step(models[2], models[2], "bf16", batch),
     }
     times = {name: [] for name in steps}
     for repeat in range(args.repeats + 1):
@@ -94,7 +95,7 @@ def main() -> None:
                 times[name].append(parts)
     print(
         f"{args.variant}, batch {args.batch_size}, {device}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}{', ours compiled' if args.compile else ''}; medians of {args.repeats}"
+        f"torch {torch.__version__}; medians of {args.repeats}"
     )
     flops = 6 * macs(models[0]) * args.batch_size
     medians = {}
@@ -103,10 +104,10 @@ def main() -> None:
         medians[name] = total = statistics.median(sum(row.values()) for row in rows)
         low, high = min(sum(row.values()) for row in rows), max(sum(row.values()) for row in rows)
         shares = ", ".join(f"{part} {value:.3f}" for part, value in parts.items())
-        print(f"{name:16} {total:7.3f} s ({low:.3f} to {high:.3f}; {shares}), {flops / total / 1e12:.2f} TFLOP/s")
-    best = medians["ditlit, bf16"]
-    for name in ("plain, float32", "plain, bf16", "diffusers, bf16"):
-        print(f"ditlit in bf16 is {medians[name] / best:.2f}x as fast as {name}")
+        print(f"{name:22} {total:7.3f} s ({low:.3f} to {high:.3f}; {shares}), {flops / total / 1e12:.2f} TFLOP/s")
+    for ours in ("ditlit, bf16", "ditlit, bf16, compiled"):
+        ratios = (f"{medians[name] / medians[ours]:.2f}x {name}" for name in steps if not name.startswith("ditlit"))
+        print(f"speed of {ours}: {'; '.join(ratios)}")
 
 
 if __name__ == "__main__":
