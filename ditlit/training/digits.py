@@ -18,6 +18,8 @@ class DigitsReport(Callback):
         batch_size: samples drawn at once on each device.
     """
 
+    result_tags = ("digits/accuracy",)
+
     def __init__(self, num_samples: int = 500, seed: int = 1, batch_size: int = 500):
         self.num_samples = num_samples
         self.seed = seed

@@ -17,7 +17,7 @@ from ditlit.evaluation.cache import DEFAULT_FOLDER, FeatureCache
 from ditlit.evaluation.extraction import extract, shared_features
 from ditlit.evaluation.extractors import INCEPTION, Extractor, describe, load_extractor
 from ditlit.evaluation.passport import passport, write_report
-from ditlit.evaluation.protocol import Results, check_side, chosen_metrics, layers_of, measure
+from ditlit.evaluation.protocol import Results, check_side, chosen_metrics, layers_of, measure, title
 from ditlit.evaluation.sources import Source, content_hash, open_source
 from ditlit.training.pictures import draw_images, run_folder
 
@@ -89,6 +89,11 @@ class SampleMetrics(Callback):
         self._autoencoder: Autoencoder | None = None
         self._chosen: list[str] = []
         self._loaded_step = 0  # of the checkpoint that is tested
+
+    @property
+    def result_tags(self) -> list[str]:
+        """Names of the curves that are logged; known after ``setup``."""
+        return [f"eval/{as_key(title(metric, self._network))}" for metric in self._chosen]
 
     # Before the first step --------------------------------------------------------------------------------------------
 

@@ -7,9 +7,11 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from ditlit.models import DiT, macs
+from ditlit.training.overview import write_overview
 
 QUARTILES = 4
 
@@ -17,7 +19,7 @@ QUARTILES = 4
 class TrainingMonitor(Callback):
     """Logs, every ``trainer.log_every_n_steps`` steps, means over the steps since: loss and its terms, loss by quartile
     of the timestep, images per second and images seen, share of the device's peak (MFU), and the latest gradient norm
-    and learning rate.
+    and learning rate. TensorBoard also gets a layout of these curves, and the run's settings, model and store.
 
     Values are added up on the device and read once a log entry, so that a step waits for nothing.
     """
@@ -28,6 +30,10 @@ class TrainingMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._peak = peak_flops(trainer, pl_module)
         self._flops = 6 * macs(pl_module.denoiser) if isinstance(pl_module.denoiser, DiT) else None
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    write_overview(logger, trainer, pl_module)
         self._start_window()
 
     def on_train_batch_end(
