@@ -20,6 +20,7 @@ from ditlit.errors import InputError
 from ditlit.training import CheckpointFiles, DiTModule, Heartbeat, Interrupted, StopOnSignal
 from ditlit.training.checkpoint_files import newest_complete
 from ditlit.training.curves import RunLogger
+from ditlit.training.devices import follow_launcher, prepare_ddp
 from ditlit.training.nonfinite import Diverged
 
 DESCRIPTIONS = {
@@ -148,6 +149,12 @@ class DitlitCLI(LightningCLI):
             help="of float32 matrix products on GPUs: highest is float32, high is TF32, medium bf16. Products "
             "in 16 bits (trainer.precision bf16-mixed) are not concerned.",
         )
+        parser.add_argument(
+            "--save_in_background",
+            type=bool,
+            default=False,
+            help="Write checkpoints while training goes on. The CPU's memory must hold one.",
+        )
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
@@ -163,6 +170,7 @@ class DitlitCLI(LightningCLI):
         trainer = self._get(self.config, "trainer")
         if trainer.default_root_dir is None:
             trainer.default_root_dir = "runs/default"
+        follow_launcher(trainer)
         # RunLogger below default_root_dir itself, not in a new lightning_logs/version_n each time.
         self._default_logger = trainer.logger is None or trainer.logger is True
 
@@ -172,7 +180,8 @@ class DitlitCLI(LightningCLI):
             kwargs["logger"] = RunLogger(root, name="", version="")
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no other one in trainer.plugins
-            trainer.strategy.checkpoint_io = CheckpointFiles()
+            trainer.strategy.checkpoint_io = CheckpointFiles(self._get(self.config_init, "save_in_background"))
+        prepare_ddp(trainer, self.model)
         return trainer
 
     def before_fit(self) -> None:

@@ -1,6 +1,7 @@
 """Training with Lightning: the module, the moving average, and what a run shows."""
 
 from ditlit.training.checkpoint_files import CheckpointFiles
+from ditlit.training.devices import FSDP2
 from ditlit.training.digits import DigitsReport
 from ditlit.training.ema import EMA
 from ditlit.training.evaluation import SampleMetrics
@@ -12,6 +13,7 @@ from ditlit.training.pictures import SampleGrid
 
 __all__ = [
     "EMA",
+    "FSDP2",
     "CheckpointFiles",
     "DiTModule",
     "DigitsReport",

@@ -4,12 +4,14 @@ import contextlib
 import os
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 
 from ditlit.checkpoints.torch_files import plain_data
 from ditlit.errors import InputError
@@ -25,26 +27,35 @@ class CheckpointFiles(TorchCheckpointIO):
     one line says so, the files that exist stay (a file that was to be removed too), and training goes on to the next
     save. Checkpoints at URLs are written as Lightning does.
 
-    ``error`` says why the latest save failed, and is None where it did not.
+    Args:
+        background: copy a checkpoint to the CPU's memory and write it while training goes on. One is written at a time:
+            the next save waits for it, and so do the end of training and all that reads checkpoints.
     """
 
-    def __init__(self):
-        self.error: OSError | None = None
+    def __init__(self, background: bool = False):
+        self.background = background
+        self._error: OSError | None = None
+        self._worker: ThreadPoolExecutor | None = None  # one thread: files are written and removed in turn
+        self._unfinished: list[Future] = []
+
+    @property
+    def error(self) -> OSError | None:
+        """Why the latest save failed, or None where it did not; waits for it to end."""
+        self.finish()
+        return self._error
+
+    def finish(self) -> None:
+        """Wait until what is written in the background is on the disk."""
+        unfinished, self._unfinished = self._unfinished, []
+        for task in unfinished:
+            task.result()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        path = Path(path)
-        self.error = None
-        try:
-            write(checkpoint, path)
-        except OSError as error:
-            self.error = error
-            rank_zero_warn(
-                f"could not save step {checkpoint.get('global_step')} as {path} ({error.strerror or error}); earlier "
-                "checkpoints stay and training goes on. Free some space on this disk before the next save"
-            )
+        self.finish()
+        if self.background:
+            checkpoint = apply_to_collection(checkpoint, torch.Tensor, copy_to_cpu)
+            self._worker = self._worker or ThreadPoolExecutor(1, "checkpoint")
+        self._do(self._save, checkpoint, path, storage_options)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Callable | None = None, weights_only: bool | None = True
@@ -54,13 +65,47 @@ class CheckpointFiles(TorchCheckpointIO):
         Raises:
             InputError: where the file is missing or damaged, or holds more than plain data.
         """
+        self.finish()
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         return plain_data(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        if self.error is None:  # the one that should have replaced it is not there
+        self._do(self._remove, path)
+
+    def teardown(self) -> None:
+        self.finish()
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None
+
+    def _do(self, task: Callable[..., None], *args: Any) -> None:
+        if self._worker is None:
+            task(*args)
+        else:
+            self._unfinished.append(self._worker.submit(task, *args))
+
+    def _save(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        self._error = None
+        try:
+            write(checkpoint, Path(path))
+        except OSError as error:
+            self._error = error
+            rank_zero_warn(
+                f"could not save step {checkpoint.get('global_step')} as {path} ({error.strerror or error}); earlier "
+                "checkpoints stay and training goes on. Free some space on this disk before the next save"
+            )
+
+    def _remove(self, path: str | Path) -> None:
+        if self._error is None:  # else the one that should have replaced it is not there
             super().remove_checkpoint(path)
+
+
+def copy_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from ditlit.errors import InputError
+from ditlit.training.devices import gathered, is_sharded, local, reshard, shard_like
 
 PREFIX = "denoiser."
 
@@ -26,6 +27,8 @@ class Average:
         self.values = [p.detach().float().clone() for p in self.parameters(module)]
 
     def parameters(self, module: nn.Module) -> list[Tensor]:
+        """Those that are averaged; where they are sharded, the shards."""
+        reshard(module)
         return [module.get_parameter(name).detach() for name in self.names]
 
     def update_parameters(self, pl_module: LightningModule) -> None:
@@ -33,23 +36,34 @@ class Average:
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(self.values, [p.float() for p in self.parameters(pl_module.denoiser)], 1 - decay)
+        current = [local(p).float() for p in self.parameters(pl_module.denoiser)]
+        torch._foreach_lerp_([local(value) for value in self.values], current, 1 - decay)
         self.num_updates += 1
 
-    def to(self, devices: list[torch.device]) -> None:
-        self.values = [value.to(device) for value, device in zip(self.values, devices, strict=True)]
+    def follow(self, module: nn.Module) -> None:
+        """Move to the devices of the parameters, and into their shards."""
+        self.values = [shard_like(v, p) for v, p in zip(self.values, self.parameters(module), strict=True)]
 
     def named(self) -> dict[str, Tensor]:
         """The averages under the keys that they have in the LightningModule's state dict."""
-        return {PREFIX + name: value for name, value in zip(self.names, self.values, strict=True)}
+        return self.keyed(self.values)
+
+    def keyed(self, values: list[Tensor]) -> dict[str, Tensor]:
+        return {PREFIX + name: value for name, value in zip(self.names, values, strict=True)}
+
+
+def copy(source: list[Tensor], target: list[Tensor]) -> None:
+    """Copy this rank's parts of tensors."""
+    torch._foreach_copy_([local(t) for t in target], [local(s) for s in source])
 
 
 class EMA(WeightAveraging):
     """Keeps the moving average and puts it in the denoiser's place in validation, in sampling and when training ends.
 
     Unlike its parent it averages the denoiser only, in float32 whatever the training precision, on the device of the
-    weights, with a few kernels an optimizer step and no host synchronisation. The raw weights are kept aside while the
-    average stands in for them, so that a checkpoint written or an exception raised meanwhile finds both as they are.
+    weights, with a few kernels an optimizer step and no host synchronisation; where the weights are sharded, so is the
+    average. The raw weights are kept aside while the average stands in for them, so that a checkpoint written or an
+    exception raised meanwhile finds both as they are.
     In checkpoints ``state_dict`` holds the average and ``current_model_state`` the raw weights.
 
     Args:
@@ -84,12 +98,12 @@ class EMA(WeightAveraging):
             return
         parameters = self._average_model.parameters(pl_module.denoiser)
         self._raw = [p.clone() for p in parameters]
-        torch._foreach_copy_(parameters, self._average_model.values)
+        copy(self._average_model.values, parameters)
 
     def _swap_out(self, pl_module: LightningModule) -> None:
         if self._raw is None:
             return
-        torch._foreach_copy_(self._average_model.parameters(pl_module.denoiser), self._raw)
+        copy(self._raw, self._average_model.parameters(pl_module.denoiser))
         self._raw = None
 
     # Hooks ---------------------------------------------------------------------------------------------------------
@@ -108,9 +122,7 @@ class EMA(WeightAveraging):
         self._average_model = Average(pl_module.denoiser, self.decay, self.warmup)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Only now are the weights on their device.
-        parameters = self._average_model.parameters(pl_module.denoiser)
-        self._average_model.to([p.device for p in parameters])
+        self._average_model.follow(pl_module.denoiser)  # only now are the weights where they stay
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap_in(pl_module)
@@ -132,9 +144,8 @@ class EMA(WeightAveraging):
         self._swap_in(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._average_model is not None:
-            cpu = [torch.device("cpu")] * len(self._average_model.values)
-            self._average_model.to(cpu)
+        if self._average_model is not None and not is_sharded(pl_module.denoiser):  # shards stay on their devices
+            self._average_model.values = [value.cpu() for value in self._average_model.values]
             self._raw = None if self._raw is None else [value.cpu() for value in self._raw]
 
     # Checkpoints ---------------------------------------------------------------------------------------------------
@@ -145,9 +156,9 @@ class EMA(WeightAveraging):
             return  # not training: the model holds whatever was loaded
         raw = checkpoint["state_dict"]
         if self._raw is not None:
-            raw = raw | {PREFIX + name: value for name, value in zip(average.names, self._raw, strict=True)}
+            raw = raw | gathered(average.keyed(self._raw))
         checkpoint["current_model_state"] = raw
-        checkpoint["state_dict"] = raw | average.named()
+        checkpoint["state_dict"] = raw | gathered(average.named())
         checkpoint["averaging_state"] = {"num_updates": average.num_updates}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -156,8 +167,10 @@ class EMA(WeightAveraging):
             return  # validation, test and prediction use the average, which is what state_dict holds
         if "current_model_state" in checkpoint:
             average.num_updates = checkpoint["averaging_state"]["num_updates"]
-            pl_module.load_state_dict(checkpoint["current_model_state"])
+            trainer.strategy.load_model_state_dict({"state_dict": checkpoint["current_model_state"]})
         else:
             rank_zero_warn("The checkpoint has no moving average: it starts from the checkpoint's weights.")
         state = checkpoint["state_dict"]
-        average.values = [state[PREFIX + name].float().clone() for name in average.names]
+        places = average.parameters(pl_module.denoiser)
+        names = zip(average.names, places, strict=True)
+        average.values = [shard_like(state[PREFIX + name].float().clone(), place) for name, place in names]

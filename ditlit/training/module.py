@@ -22,6 +22,7 @@ from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.diffusion.sampling import StepCallback, mix, normal, sample_generators
 from ditlit.errors import InputError
 from ditlit.models.compiling import compile_blocks
+from ditlit.training.devices import split, whole
 from ditlit.training.draws import StepDraws
 from ditlit.training.ema import EMA
 from ditlit.training.nonfinite import SkipNonFinite
@@ -105,6 +106,9 @@ class DiTModule(LightningModule):
             compile_blocks(self.denoiser, self.trainer.strategy.root_device)
         if stage == "fit" and self.init_from is not None:
             self.initialize(self.init_from, getattr(manifest, "class_names", None))
+
+    def configure_model(self) -> None:
+        split(self.denoiser, self.trainer.strategy)
 
     def fit_to(self, manifest: Manifest) -> None:
         """Check that the denoiser is built for a store's latents, and take their shift and scale."""
@@ -194,7 +198,7 @@ class DiTModule(LightningModule):
         if gradient_clip_algorithm not in (None, "norm"):
             raise InputError("gradients are clipped by norm: remove trainer.gradient_clip_algorithm")
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = get_total_norm([p.grad for p in parameters])
+        self.grad_norm = whole(get_total_norm([p.grad for p in parameters]))
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         self.skip_non_finite.check(optimizer, self.grad_norm, scaled)
         if gradient_clip_val:

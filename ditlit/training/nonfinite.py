@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from ditlit.data.sampler import TrainOrder
-from ditlit.training.checkpoint_files import newest_complete
+from ditlit.training.checkpoint_files import CheckpointFiles, newest_complete
+from ditlit.training.devices import is_sharded, local, reshard
 from ditlit.training.pictures import run_folder
 
 REPORT = "nonfinite.json"
@@ -173,6 +174,8 @@ def last_good(trainer: Trainer, step: int) -> Path | None:
     folder = getattr(trainer.checkpoint_callback, "dirpath", None)
     if not trainer.is_global_zero or folder is None:
         return None
+    if isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
+        trainer.strategy.checkpoint_io.finish()
     found = newest_complete([Path(folder)], at_most=step)
     return None if found is None or found[0].is_dir() else found[0]
 
@@ -181,10 +184,9 @@ def restore(trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
     """Weights, moving average and optimizer of a checkpoint; step, order and schedule stay where they are."""
     checkpoint = trainer.strategy.load_checkpoint(path)
     if pl_module.ema is None:
-        pl_module.load_state_dict(checkpoint["state_dict"])
+        trainer.strategy.load_model_state_dict(checkpoint)
     else:
         pl_module.ema.on_load_checkpoint(trainer, pl_module, checkpoint)
-        pl_module.ema.on_fit_start(trainer, pl_module)  # its values are on the CPU
     trainer.strategy.load_optimizer_state_dict(checkpoint)
 
 
@@ -217,7 +219,6 @@ def merged(a: BadStep, b: BadStep) -> BadStep:
 
 def explain_batch(trainer: Trainer, pl_module: LightningModule, step: int, batch: Any, batch_idx: int) -> BadStep:
     order = samples_of(trainer, step - 1, batch_idx)
-    parameters = {name: p for name, p in pl_module.denoiser.named_parameters() if p.requires_grad}
     with (
         trainer.precision_plugin.forward_context(),
         torch.compiler.set_stance("force_eager"),
@@ -234,13 +235,35 @@ def explain_batch(trainer: Trainer, pl_module: LightningModule, step: int, batch
         bad = ~torch.isfinite(latents.flatten(1)).all(1) | bad
     elif not first and bad.any():
         first = "the loss"
-    elif not first:
-        grads = torch.autograd.grad(loss.mean(), list(parameters.values()), allow_unused=True)
-        names = [n for n, g in zip(parameters, grads, strict=True) if g is not None and not torch.isfinite(g).all()]
+    if not any_rank(bool(first), trainer, pl_module.denoiser):
+        names = bad_gradients(loss.mean(), pl_module.denoiser)
         first = f"the gradient of {names[-1]}" if names else ""
     chosen = bad if bad.any() else torch.ones_like(bad)
     rows = chosen.nonzero().flatten().tolist()
     return BadStep(step, first, t[chosen].tolist(), [order[row] for row in rows] if order else [])
+
+
+def any_rank(known: bool, trainer: Trainer, denoiser: nn.Module) -> bool:
+    """Whether the cause is known already; shards can only go backwards on all ranks together, so these agree on it."""
+    return trainer.strategy.reduce_boolean_decision(known, all=False) if is_sharded(denoiser) else known
+
+
+def bad_gradients(loss: Tensor, denoiser: nn.Module) -> list[str]:
+    """Names of the parameters whose gradients are not finite; where they are sharded, of all ranks' losses together."""
+    if not is_sharded(denoiser):
+        parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        bad = [grad is not None and not torch.isfinite(grad).all() for grad in grads]
+        return [name for name, is_bad in zip(parameters, bad, strict=True) if is_bad]
+    reshard(denoiser)  # names lead to the whole parameters after the forward pass, but shards have the gradients
+    parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    denoiser.zero_grad()  # those of the step that was just taken
+    loss.backward()
+    bad = [p.grad is not None and not torch.isfinite(local(p.grad)).all() for p in parameters.values()]
+    bad = torch.tensor(bad, dtype=torch.int32, device=loss.device)
+    dist.all_reduce(bad, dist.ReduceOp.MAX)
+    denoiser.zero_grad()
+    return [name for name, is_bad in zip(parameters, bad.tolist(), strict=True) if is_bad]
 
 
 @contextmanager
