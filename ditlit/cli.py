@@ -20,7 +20,7 @@ from ditlit.errors import InputError
 from ditlit.training import CheckpointFiles, DiTModule, Heartbeat, Interrupted, StopOnSignal
 from ditlit.training.checkpoint_files import newest_complete
 from ditlit.training.curves import RunLogger
-from ditlit.training.devices import follow_launcher, prepare_ddp
+from ditlit.training.devices import launched, prepare_ddp
 from ditlit.training.nonfinite import Diverged
 
 DESCRIPTIONS = {
@@ -170,14 +170,14 @@ class DitlitCLI(LightningCLI):
         trainer = self._get(self.config, "trainer")
         if trainer.default_root_dir is None:
             trainer.default_root_dir = "runs/default"
-        follow_launcher(trainer)
         # RunLogger below default_root_dir itself, not in a new lightning_logs/version_n each time.
         self._default_logger = trainer.logger is None or trainer.logger is True
 
     def instantiate_trainer(self, **kwargs):
+        settings = self._get(self.config_init, "trainer")
         if self._default_logger:
-            root = self._get(self.config_init, "trainer").default_root_dir
-            kwargs["logger"] = RunLogger(root, name="", version="")
+            kwargs["logger"] = RunLogger(settings.default_root_dir, name="", version="")
+        kwargs |= launched(settings)
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no other one in trainer.plugins
             trainer.strategy.checkpoint_io = CheckpointFiles(self._get(self.config_init, "save_in_background"))

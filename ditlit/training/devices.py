@@ -28,20 +28,20 @@ from ditlit.errors import InputError
 from ditlit.models import DiT
 
 
-def follow_launcher(trainer: Namespace) -> None:
-    """Use the nodes and devices for which torchrun or srun has started processes, unless the user names others.
+def launched(trainer: Namespace) -> dict[str, int]:
+    """Nodes and devices for which torchrun or srun has started processes, where the user names no others.
 
     Args:
-        trainer: the configuration of the Trainer.
+        trainer: the user's settings of the Trainer.
     """
     if TorchElasticEnvironment.detect():
-        nodes, devices = os.environ["GROUP_WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
-        trainer.devices = int(devices) if trainer.devices == "auto" else trainer.devices
-    elif SLURMEnvironment.detect():
-        nodes = os.environ.get("SLURM_NNODES", "1")
+        number = {"num_nodes": os.environ["GROUP_WORLD_SIZE"], "devices": os.environ["LOCAL_WORLD_SIZE"]}
+    elif SLURMEnvironment.detect() and "SLURM_STEP_NUM_NODES" in os.environ:  # without srun nobody starts the others
+        number = {"num_nodes": os.environ["SLURM_STEP_NUM_NODES"]}
     else:
-        return
-    trainer.num_nodes = int(nodes) if trainer.num_nodes == 1 else trainer.num_nodes
+        number = {}
+    open_settings = [name for name, value in (("num_nodes", 1), ("devices", "auto")) if trainer[name] == value]
+    return {name: int(value) for name, value in number.items() if name in open_settings}
 
 
 # Whole models --------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class Pulse:
             else:
                 return
         except dist.DistError:
-            reason = "rank 0 is gone: the store that it holds does not answer"
+            reason = "rank 0 is gone: the store on its machine does not answer"
         if not self._ended.wait(self.grace):
             self.give_up(reason)
 
@@ -147,6 +147,8 @@ class Heartbeat(Callback):
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=PATIENCE))
+        # torchrun keeps the store when it starts ranks again, and with it what those of before have said.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         self._pulse = Pulse(store, trainer.global_rank, trainer.world_size, give_up)
         trainer.strategy.barrier("heartbeat")
         self._pulse.start()
