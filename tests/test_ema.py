@@ -120,6 +120,21 @@ def test_other_callbacks_find_the_average_up_to_date(make_module, make_trainer, 
     assert updates == [1, 2, 3]
 
 
+def test_its_distance_from_the_weights_is_relative(make_module, make_trainer, datamodule):
+    class Measure(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.found = pl_module.ema.distance(pl_module)
+            weights = torch.cat([p.detach().flatten() for p in pl_module.denoiser.parameters()])
+            with pl_module.averaged():
+                average = torch.cat([p.detach().flatten() for p in pl_module.denoiser.parameters()])
+            self.expected = (average - weights).norm() / weights.norm()
+
+    measure = Measure()
+    make_trainer(max_steps=3, callbacks=[measure]).fit(make_module(), datamodule)
+    assert measure.expected > 1e-3
+    torch.testing.assert_close(measure.found, measure.expected, rtol=1e-5, atol=0)
+
+
 def test_the_model_holds_the_average_after_training(make_module, make_trainer, datamodule):
     module = make_module()
     make_trainer().fit(module, datamodule)

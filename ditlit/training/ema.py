@@ -9,9 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from ditlit.errors import InputError
-from ditlit.training.devices import gathered, is_sharded, local, reshard, shard_like
+from ditlit.training.devices import gathered, is_sharded, local, reshard, shard_like, whole
 
 PREFIX = "denoiser."
 
@@ -92,6 +93,12 @@ class EMA(WeightAveraging):
             yield
         finally:
             self._swap_out(pl_module)
+
+    def distance(self, pl_module: LightningModule) -> Tensor:
+        """Norm of average - weights over that of the weights, (), while training."""
+        weights = [p.float() for p in self._average_model.parameters(pl_module.denoiser)]
+        difference = torch._foreach_sub(self._average_model.values, weights)
+        return whole(get_total_norm(difference)) / whole(get_total_norm(weights))
 
     def _swap_in(self, pl_module: LightningModule) -> None:
         if self._average_model is None or self._raw is not None:

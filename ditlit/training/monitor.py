@@ -18,8 +18,8 @@ QUARTILES = 4
 
 class TrainingMonitor(Callback):
     """Logs, every ``trainer.log_every_n_steps`` steps, means over the steps since: loss and its terms, loss by quartile
-    of the timestep, images per second and images seen, share of the device's peak (MFU), and the latest gradient norm
-    and learning rate. TensorBoard also gets a layout of these curves, and the run's settings, model and store.
+    of the timestep, images per second and images seen, share of the device's peak (MFU), and the latest gradient norm,
+    relative distance of the moving average, and learning rate. TensorBoard also gets a layout of these curves, and the run's settings, model and store.
 
     Values are added up on the device and read once a log entry, so that a step waits for nothing.
     """
@@ -72,7 +72,9 @@ class TrainingMonitor(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         sums = trainer.strategy.reduce(self._sums, reduce_op="sum")
         norm = pl_module.grad_norm if pl_module.grad_norm is not None else sums.new_tensor(float("nan"))
-        *sums, norm = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()  # the only wait for the device
+        distance = norm if pl_module.ema is None else pl_module.ema.distance(pl_module)
+        # The only wait for the device.
+        *sums, norm, distance = torch.cat([sums, torch.stack([norm, distance]).to(sums)]).tolist()
         elapsed = time.perf_counter() - self._started
         *sums, q1, q2, q3, q4, n1, n2, n3, n4 = sums
         metrics = {f"train/{name}": total / self._images for name, total in zip(self._names, sums, strict=True)}
@@ -84,6 +86,7 @@ class TrainingMonitor(Callback):
         rate = self._images / elapsed
         metrics |= {
             "train/grad_norm": norm,
+            **({} if pl_module.ema is None else {"train/ema_distance": distance}),
             "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "throughput/images_per_second": rate,
             "throughput/images_seen": trainer.global_step * self._batch * trainer.accumulate_grad_batches,
