@@ -21,6 +21,7 @@ commands:
   evaluate  FID and its relatives, with a record of how each number was made
             evaluate sweep   over guidance scales, steps and samplers
             evaluate loss    by timestep: is it normal?
+            evaluate scaling quality against compute, from several runs
   convert   bring weights from and to other formats
 
 Start with     ditlit fit --config digits.yaml      (two cores, a few minutes)
@@ -29,7 +30,7 @@ All settings   ditlit fit --help
 """
 
 # Commands that are a function whose keywords are the settings; the others are Lightning's.
-FUNCTIONS = ("encode", "sample", "evaluate", "evaluate sweep", "evaluate loss", "convert")
+FUNCTIONS = ("encode", "sample", "evaluate", "evaluate sweep", "evaluate loss", "evaluate scaling", "convert")
 
 
 def main() -> None:

@@ -18,7 +18,18 @@ MAY_IMPORT = {
     "generation": {"errors", "models", "diffusion", "data", "pictures"},
     "evaluation": {"errors", "data", "pictures"},
     "training": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "evaluation"},
-    "commands": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "generation", "evaluation"},
+    "analysis": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "generation", "evaluation"},
+    "commands": {
+        "errors",
+        "models",
+        "diffusion",
+        "data",
+        "checkpoints",
+        "pictures",
+        "generation",
+        "evaluation",
+        "analysis",
+    },
 }
 TOP = {"cli", "__main__", "__init__"}
 

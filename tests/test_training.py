@@ -148,7 +148,8 @@ def test_tensorboard_shows_what_is_promised(make_module, make_trainer, datamodul
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert set(events.Tags()["scalars"]) >= {
-        "train/loss", "train/mse", "train/vlb", "train/grad_norm", "train/learning_rate", "train/ema_distance", "val/loss", "val/mse",
+        "train/loss", "train/mse", "train/vlb", "train/grad_norm", "train/learning_rate", "train/ema_distance",
+        "val/loss", "val/mse",
         "throughput/images_per_second", "throughput/images_seen", "loss_by_timestep/000-249",
     }  # fmt: skip
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4]

@@ -1,4 +1,4 @@
-"""Plots of a sweep: metrics over the guidance scale, distance over steps and seconds."""
+"""Plots of a sweep: metrics over the guidance scale, distance over steps and seconds; and of scaling."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -33,6 +33,27 @@ def plot_steps(rows: Sequence[Row], path: Path) -> Path:
     lines = grouped(rows, ("sampler", "guidance_scale", "guidance_interval"))
     name = next(iter(rows[0]["metrics"]))
     return draw(path, [(name, "num_steps", name), (name, "seconds", name)], lines, log=True)
+
+
+def plot_scaling(rows: Sequence[Row], path: Path) -> Path:
+    """The first metric over the multiply-adds of a forward pass, and the held-out loss over the compute of training."""
+    plt = pyplot()
+    name = next(iter(rows[0]["metrics"]))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for row in rows:
+        value = row["metrics"][name]
+        left.scatter(row["gmacs"], value, s=20 + 3 * row["parameters"] / 1e6, alpha=0.6)
+        left.annotate(row["model"], (row["gmacs"], value), xytext=(7, 5), textcoords="offset points", fontsize="small")
+        right.plot(*zip(*row["losses"], strict=True), marker="o", markersize=3, label=row["model"])
+    left.set(xlabel="multiply-adds of a forward pass (G)", ylabel=name, title="areas: parameters")
+    right.set(xlabel="training compute (PFLOP)", ylabel="held-out loss")
+    right.legend(fontsize="small")
+    for axis in (left, right):
+        axis.set_xscale("log")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
 
 
 def grouped(rows: Sequence[Row], by: Sequence[str]) -> dict[str, list[Row]]:

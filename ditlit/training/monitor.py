@@ -18,8 +18,10 @@ QUARTILES = 4
 
 class TrainingMonitor(Callback):
     """Logs, every ``trainer.log_every_n_steps`` steps, means over the steps since: loss and its terms, loss by quartile
-    of the timestep, images per second and images seen, share of the device's peak (MFU), and the latest gradient norm,
-    relative distance of the moving average, and learning rate. TensorBoard also gets a layout of these curves, and the run's settings, model and store.
+    of the timestep, images per second and images seen, share of the device's peak (MFU); and the latest gradient norm,
+    learning rate, and relative distance of the moving average.
+
+    TensorBoard also gets a layout of these curves, and the run's settings, model and store.
 
     Values are added up on the device and read once a log entry, so that a step waits for nothing.
     """

@@ -1,0 +1,1 @@
+"""What is inside a checkpoint and a run: for notebooks, as functions."""

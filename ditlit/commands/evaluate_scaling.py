@@ -1,0 +1,152 @@
+"""``ditlit evaluate scaling``: quality against compute, from runs that were made."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ditlit import checkpoints
+from ditlit.analysis.curves import read_curves
+from ditlit.commands.evaluate_sweep import Point, begin, run_point
+from ditlit.data.folders import write_atomically
+from ditlit.errors import InputError
+from ditlit.evaluation.plots import plot_scaling
+from ditlit.models import DiT, macs, num_parameters
+
+
+def evaluate_scaling(
+    runs: str,
+    reference: str,
+    out: str,
+    num_samples: int = 1000,
+    sampler: str = "dpm++",
+    num_steps: int = 20,
+    guidance_scale: float = 1.0,
+    weights: Literal["ema", "raw"] = "ema",
+    seed: int = 0,
+    batch_size: int = 100,
+    precision: Literal["32", "tf32", "bf16", "fp16"] = "32",
+    vae: str | None = None,
+    metrics: str | None = "fid",
+    extractor: str = "inception",
+    inception_weights: str | None = None,
+    reference_size: int | None = None,
+    accelerator: str = "auto",
+    devices: str = "auto",
+) -> None:
+    """Compare trained models by what they cost and how good they are.
+
+    Example: ditlit evaluate scaling --runs runs/scaling --reference data/tiny-imagenet-latents --out scaling
+
+    For every run: parameters, multiply-adds, held-out loss, metrics of samples, training compute and hours. The results
+    are table.csv, table.md and scaling.png, the paper's picture of quality against compute. Samples are drawn without
+    guidance, as there. A comparison that was stopped goes on where it was.
+
+    Args:
+        runs: folder of the runs' folders, as fit leaves them.
+        reference: as for ditlit evaluate.
+        out: folder of the comparison.
+        num_samples: images of each model; the classes take turns.
+        sampler: as for ditlit sample.
+        num_steps: of the sampler.
+        guidance_scale: of classifier-free guidance; 1 for none.
+        weights: the moving average, or those that the optimizer holds.
+        seed: of all noise: the same for all models.
+        batch_size: images drawn at once on each device.
+        precision: of the denoiser.
+        vae: instead of the VAE that the checkpoints name.
+        metrics: as for ditlit evaluate.
+        extractor: as for ditlit evaluate.
+        inception_weights: as for ditlit evaluate.
+        reference_size: as for ditlit evaluate.
+        accelerator: cpu, gpu, or auto.
+        devices: number of devices of this machine, or auto.
+    """
+    found = {path.parents[1].name: path for path in sorted(Path(runs).glob("*/checkpoints/last.ckpt"))}
+    if not found:
+        raise InputError(f"{runs} holds no runs: there is no */checkpoints/last.ckpt below it")
+    costs = {name: cost_of(path) for name, path in found.items()}
+    point = Point(sampler, num_steps, guidance_scale, None)
+    common = {"accelerator": accelerator, "devices": devices}
+    drawing = common | {
+        "num_samples": num_samples, "labels": "balanced", "weights": weights, "seed": seed, "batch_size": batch_size,
+        "precision": precision, "vae": vae,
+    }  # fmt: skip
+    judging = common | {
+        "reference": reference, "metrics": metrics, "extractor": extractor, "inception_weights": inception_weights,
+        "reference_size": reference_size,
+    }  # fmt: skip
+    folder = Path(out)
+    begin(folder, {k: v for k, v in (drawing | judging).items() if k not in common} | {"point": point.name})
+    rows = []
+    for number, (name, cost) in enumerate(sorted(costs.items(), key=lambda item: item[1]["gmacs"]), 1):
+        print(f"model {number} of {len(costs)}: {name}, step {cost['step']:,}", flush=True)
+        drawn = folder / "models" / f"{name}-{cost['step']:08d}"
+        result = run_point(point, drawn, drawing | {"ckpt": str(found[name])}, judging, keep_images=False)
+        rows.append({"model": name} | cost | {"metrics": result["metrics"]})
+        write_tables(rows, folder)
+    picture = plot_scaling(rows, folder / "scaling.png")
+    print((folder / "table.md").read_text())
+    print(f"Look at {picture}")
+
+
+def cost_of(checkpoint: Path) -> dict[str, Any]:
+    """What a run's model and training took, and its held-out loss as it went.
+
+    ``gmacs`` is 10^9 multiply-adds of a forward pass of one sample, ``pflops`` 10^15 FLOPs of all training steps: two
+    a multiply-add, and three forward passes for a forward and a backward one. ``hours`` are those of the steps alone.
+
+    Raises:
+        InputError: where the run's configuration or curves are missing, or the model is no DiT.
+    """
+    run = checkpoint.parents[1]
+    loaded = checkpoints.load(str(checkpoint))
+    if not isinstance(loaded.denoiser, DiT):
+        raise InputError(f"{checkpoint} holds a {type(loaded.denoiser).__name__}: the multiply-adds of a DiT are known")
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        batch = config["data"]["init_args"]["global_batch_size"]
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        raise InputError(
+            f"{run / 'config.yaml'} does not say global_batch_size: is {run} the folder of a run?"
+        ) from None
+    curves = read_curves(run)
+    for tag in ("val/loss", "throughput/images_seen", "throughput/images_per_second"):
+        if tag not in curves:
+            raise InputError(f"the event files in {run} have no curve {tag}; train with a TrainingMonitor and val_size")
+    forward = macs(loaded.denoiser)
+    flops_of_step = 6 * forward * batch
+    seen, rates = (curves[f"throughput/{name}"].values for name in ("images_seen", "images_per_second"))
+    seconds = sum((b - a) / rate for a, b, rate in zip([0, *seen], seen, rates, strict=False))
+    loss = curves["val/loss"]
+    return {
+        "step": loaded.step,
+        "parameters": num_parameters(loaded.denoiser),
+        "gmacs": forward / 1e9,
+        "pflops": flops_of_step * loaded.step / 1e15,
+        "hours": seconds / 3600,
+        "val_loss": loss.values[-1],
+        "losses": [[flops_of_step * step / 1e15, value] for step, value in zip(loss.steps, loss.values, strict=True)],
+    }
+
+
+def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
+    """``table.csv``, ``table.md`` and ``scaling.json``, a row for each model."""
+    columns = ("model", "parameters", "gmacs", "step", "pflops", "hours", "val_loss")
+    names = list(rows[0]["metrics"])
+    lines = [[row[name] for name in columns] + [row["metrics"][name] for name in names] for row in rows]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([[*columns, *names], *lines])
+    write_atomically(folder / "table.csv", text.getvalue().encode())
+    heads = ["model", "parameters", "multiply-adds (G)", "steps", "training (PFLOP)", "hours", "held-out loss", *names]
+    shown = [
+        [model, f"{parameters / 1e6:.1f} M", f"{gmacs:.3f}", f"{step:,}", f"{pflops:.3g}", f"{hours:.2f}",
+         f"{loss:.4f}", *(f"{value:.4g}" for value in values)]
+        for model, parameters, gmacs, step, pflops, hours, loss, *values in lines
+    ]  # fmt: skip
+    table = [heads, ["---"] * len(heads), *shown]
+    write_atomically(folder / "table.md", "".join("| " + " | ".join(line) + " |\n" for line in table).encode())
+    write_atomically(folder / "scaling.json", json.dumps(rows, indent=1).encode())
