@@ -56,13 +56,19 @@ class Contents:
 
 def describe(instance: Any) -> dict[str, Any]:
     """Class path and constructor keywords of a denoiser or process, as in a configuration file."""
-    # Of a default argument, jsonargparse makes an instance of a subclass of its own.
-    cls = next(
+    cls = class_of(instance)
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": instance.config}
+
+
+def class_of(instance: Any) -> type:
+    """The class as it was written: of a default argument jsonargparse makes an instance of a subclass of its own, of a
+    sharded module torch does."""
+    return next(
         cls
         for cls in type(instance).__mro__
-        if not cls.__module__.startswith("jsonargparse") and not cls.__name__.startswith("LazyInstance_")
+        if not cls.__module__.startswith(("jsonargparse", "torch.distributed"))
+        and not cls.__name__.startswith("LazyInstance_")
     )
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": instance.config}
 
 
 def build(description: dict[str, Any]) -> Any:

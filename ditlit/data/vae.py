@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,13 @@ def load_vae(source: str) -> nn.Module:
 
 def weights_hash(module: nn.Module) -> str:
     """SHA-256 of the names, shapes, types and bytes of a module's weights."""
+    return state_hash(module.state_dict())
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """:func:`weights_hash` of a state dict."""
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from ditlit.data.vae import Autoencoder, load_autoencoder, weights_hash
+from ditlit.data.vae import Autoencoder, load_autoencoder, state_hash
 from ditlit.diffusion.sampling import mix
 from ditlit.errors import InputError
 from ditlit.evaluation.cache import DEFAULT_FOLDER, FeatureCache
@@ -19,6 +19,7 @@ from ditlit.evaluation.extractors import INCEPTION, Extractor, describe, load_ex
 from ditlit.evaluation.passport import passport, write_report
 from ditlit.evaluation.protocol import Results, check_side, chosen_metrics, layers_of, measure, title
 from ditlit.evaluation.sources import Source, content_hash, open_source
+from ditlit.training.devices import gathered
 from ditlit.training.pictures import draw_images, run_folder
 
 CHUNK = 512  # images held at once; fixed, so that the same are drawn on any number of devices
@@ -159,12 +160,13 @@ class SampleMetrics(Callback):
     def log_metrics(self, trainer: Trainer, pl_module: LightningModule, num_samples: int) -> dict[str, float]:
         """Draw, compare and log now; returns what was logged, on every process."""
         generated = self.draw(trainer, pl_module, num_samples)
+        checkpoint = hash_of_average(trainer, pl_module)
         values: dict[str, float] = {}
         if trainer.is_global_zero:
             device = trainer.strategy.root_device
             at = device if device.type == "cuda" else torch.device("cpu")
             results = measure(self._chosen, generated, self._real, self._network, device=at)
-            self._report(trainer, pl_module, results, generated)
+            self._report(trainer, pl_module, results, generated, checkpoint)
             values = {f"eval/{as_key(name)}": value for name, value in results.metrics.items()}
         values = trainer.strategy.broadcast(values)
         training = trainer.training  # logged at this very step, whatever log_every_n_steps says
@@ -194,11 +196,11 @@ class SampleMetrics(Callback):
         features = {layer: torch.cat(parts) for layer, parts in kept.items()} if trainer.is_global_zero else {}
         return Source(about, features=features)
 
-    def _report(self, trainer: Trainer, pl_module: LightningModule, results: Results, generated: Source) -> None:
+    def _report(
+        self, trainer: Trainer, pl_module: LightningModule, results: Results, generated: Source, checkpoint: str
+    ) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
         step = self._loaded_step if trainer.ckpt_path and not fitting else trainer.global_step
-        with pl_module.averaged():
-            checkpoint = weights_hash(pl_module.denoiser)
         generated.about["job"] = {
             "checkpoint": checkpoint,
             "ckpt_path": str(trainer.ckpt_path) if trainer.ckpt_path else None,
@@ -216,6 +218,13 @@ class SampleMetrics(Callback):
         report = passport(results, generated, self._real, self._network, device, ("not kept", self._real_hash))
         kind = "test" if trainer.testing else "step"
         write_report(report, self._folder / "evaluations" / f"{kind}-{step:08d}.json")
+
+
+def hash_of_average(trainer: Trainer, pl_module: LightningModule) -> str:
+    """Hash of the averaged weights, known to rank 0; where they are sharded, all ranks gather them."""
+    with pl_module.averaged():
+        state = gathered(pl_module.denoiser.state_dict())
+        return state_hash(state) if trainer.is_global_zero else ""
 
 
 def as_key(name: str) -> str:

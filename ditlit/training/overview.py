@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
+from ditlit.checkpoints.contents import class_of
 from ditlit.data.manifest import Manifest
 from ditlit.models import DiT, macs, num_parameters
 
@@ -75,7 +76,7 @@ def hyperparameters(trainer: Trainer, pl_module: LightningModule) -> dict[str, b
 
 def model_facts(denoiser: Any) -> dict[str, str]:
     trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
-    facts = {"class": type(denoiser).__name__, "trained parameters": f"{trained:,}"}
+    facts = {"class": class_of(denoiser).__name__, "trained parameters": f"{trained:,}"}
     if isinstance(denoiser, DiT):
         facts["parameters"] = f"{num_parameters(denoiser):,} (with the position table, as in the paper)"
         facts["multiply-adds"] = f"{macs(denoiser) / 1e9:.4g} G a sample and forward pass"
