@@ -1,5 +1,6 @@
 """Training with Lightning: the module, the moving average, and what a run shows."""
 
+from ditlit.training.activations import ActivationMaxima
 from ditlit.training.checkpoint_files import CheckpointFiles
 from ditlit.training.devices import FSDP2
 from ditlit.training.digits import DigitsReport
@@ -14,6 +15,7 @@ from ditlit.training.pictures import SampleGrid
 __all__ = [
     "EMA",
     "FSDP2",
+    "ActivationMaxima",
     "CheckpointFiles",
     "DiTModule",
     "DigitsReport",

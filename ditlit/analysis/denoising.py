@@ -1,0 +1,50 @@
+"""The way from noise to a picture, as pictures."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ditlit.diffusion.sampling import normal, sample_generators
+from ditlit.errors import InputError
+from ditlit.generation.drawing import Drawer
+
+
+class Snapshots(NamedTuple):
+    """Snapshots along the way.
+
+    Attributes:
+        timesteps: timestep that each snapshot's step left, (S,), decreasing.
+        noisy: what the sampler holds before these steps, bytes (S, N, C, H, W).
+        clean: what the denoiser then takes the clean picture to be, bytes (S, N, C, H, W).
+    """
+
+    timesteps: list[int]
+    noisy: Tensor
+    clean: Tensor
+
+
+def snapshots(drawer: Drawer, y: Tensor, columns: int) -> Snapshots:
+    """Draw samples 0 to N-1 with labels y (N,) and keep so many snapshots, evenly spread over the steps.
+
+    Raises:
+        InputError: for fewer than two snapshots, or more than there are steps.
+    """
+    steps = drawer.sampling.num_steps
+    if not 2 <= columns <= steps:
+        raise InputError(f"columns must lie between 2 and the number of steps, {steps}; got {columns}")
+    wanted = {round(i * (steps - 1) / (columns - 1)) for i in range(columns)}
+    indices = range(len(y))
+    x_t = normal(drawer.shape, sample_generators(drawer.seed, indices)).to(drawer.device)  # what sampling starts from
+    timesteps, noisy, clean = [], [], []
+
+    def see(step: int, t: int, x: Tensor, x0: Tensor) -> None:
+        nonlocal x_t
+        if step in wanted:
+            timesteps.append(t)
+            noisy.append(drawer.images(drawer.raw(x_t)))
+            clean.append(drawer.images(drawer.raw(x0)))
+        x_t = x
+
+    drawer.draw(indices, y, callback=see)
+    return Snapshots(timesteps, torch.stack(noisy), torch.stack(clean))
