@@ -1,0 +1,157 @@
+"""The command line on several ranks, and callbacks that write down what the ranks do."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from lightning.pytorch import Callback
+from weights import contents_of
+
+from ditlit.checkpoints.safetensors_files import write_safetensors
+from ditlit.models import DiT
+
+PRELOADED = ["ditlit.cli", "ditlit.training", "ranks"]  # once for all processes, which makes them start at once
+
+
+class RecordNorms(Callback):
+    """Appends the gradient norm of each optimizer step, before clipping, to a file for each rank."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            with open(self.folder / f"norms{trainer.global_rank}.txt", "a") as file:
+                file.write(f"{pl_module.grad_norm.item()}\n")
+
+
+class Poison(Callback):
+    """Makes a row of one rank's latents infinite in some steps, counted from 0; or a gradient, without a row."""
+
+    def __init__(self, steps: list[int], rank: int, row: int | None = None):
+        self.steps, self.rank, self.row = steps, rank, row
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.now = trainer.global_step in self.steps and trainer.global_rank == self.rank
+        if self.now and self.row is not None:
+            batch["moments"][self.row] = torch.inf
+
+    def on_train_start(self, trainer, pl_module):
+        if self.row is None:
+            pl_module.denoiser.final.register_forward_hook(self.break_gradient)
+
+    def break_gradient(self, module, args, output):
+        if self.now and output.requires_grad:
+            output.register_hook(lambda grad: grad * torch.inf)
+
+
+def command(words: list[str], rank: int, ranks: int, port: int, folder: Path) -> None:
+    """What each process does: the environment of torchrun, then ditlit."""
+    torch.set_num_threads(1)
+    if ranks > 1:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+            "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_WORLD_SIZE": "1",
+            "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+        }  # fmt: skip
+    from ditlit.__main__ import main
+
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = ["ditlit", *words]
+    main()
+
+
+def run(ranks: int, words: list[str], folder: Path) -> list[int]:
+    """Run a command on so many ranks; the exit status of each, and their output in ``log.txt``."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    processes = [context.Process(target=command, args=(words, rank, ranks, port, folder)) for rank in range(ranks)]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.exitcode for process in processes]
+
+
+SIZES = dict(input_size=8, in_channels=3, num_classes=5, patch_size=4, hidden_size=16, depth=2, num_heads=2)
+
+
+def write_weights(folder: Path) -> str:
+    """Weights to start from in which nothing is zero, so that every gradient counts from the first step."""
+    denoiser = DiT(**SIZES, positions="learned")
+    generator = torch.Generator().manual_seed(0)
+    for p in denoiser.parameters():
+        torch.nn.init.normal_(p, std=0.1, generator=generator)
+    write_safetensors(contents_of(denoiser), folder / "start.safetensors")
+    return str(folder / "start.safetensors")
+
+
+def write_config(folder: Path, store: str, strategy: str, model: dict | None = None, callbacks=(), **trainer) -> Path:
+    """A training of 6 steps with validation, samples and a checkpoint after every third."""
+    folder.mkdir(exist_ok=True)
+    sizes = SIZES | {"positions": "learned"}
+    model = dict(model or {})
+    save = dict(filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    config = {
+        "model": {
+            "denoiser": {"class_path": "ditlit.models.DiT", "init_args": sizes | model.pop("denoiser", {})},
+            "process": {"class_path": "ditlit.diffusion.GaussianDiffusion", "init_args": {"clip_x0": True}},
+            # A large eps: the bias of the keys has no gradient but rounding, which Adam would blow up.
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2, "eps": 1e-3}},
+            "ema": {"class_path": "ditlit.training.EMA", "init_args": {"decay": 0.8}},
+            "sampling": {"num_steps": 3, "guidance_scale": 2.0},
+            "init_from": write_weights(folder),
+            **model,
+        },
+        "data": {
+            "class_path": "ditlit.data.LatentDataModule",
+            "init_args": dict(store=store, val_size=8, global_batch_size=8, val_batch_size=2),
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "strategy": strategy,
+            "default_root_dir": str(folder),
+            "max_steps": 6,
+            "max_epochs": -1,
+            "gradient_clip_val": 0.3,
+            "log_every_n_steps": 3,
+            "check_val_every_n_epoch": None,
+            "val_check_interval": 3,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "ranks.RecordNorms", "init_args": {"folder": str(folder)}},
+                {"class_path": "ditlit.training.TrainingMonitor"},
+                {"class_path": "ditlit.training.SampleGrid", "init_args": {"classes": [0, 1], "per_class": 2}},
+                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": save},
+                *callbacks,
+            ],
+            **trainer,
+        },
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def fit(folder: Path, store: str, ranks: int, strategy: str, *words: str, **settings) -> Path:
+    """Train to the end; returns the folder. Settings go to :func:`write_config`."""
+    config = write_config(folder, store, strategy, **settings)
+    status = run(ranks, ["fit", "--config", str(config), *words], folder)
+    assert status == [0] * ranks, (folder / "log.txt").read_text()
+    return folder
