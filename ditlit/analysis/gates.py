@@ -34,7 +34,7 @@ def gate_values(denoiser: nn.Module, t: Tensor, y: Tensor) -> Tensor:
         found[number] = torch.stack([gate1, gate2])  # (2, M, D)
 
     x_t = torch.zeros(len(t), denoiser.in_channels, *denoiser.input_size, device=t.device)  # gates do not depend on it
-    with watch([block.modulation for block in blocks], see):
+    with watch(denoiser, [block.modulation for block in blocks], see):
         denoiser(x_t, t, y)
     return torch.stack([found[number] for number in range(len(blocks))])
 

@@ -24,16 +24,18 @@ def blocks_of(denoiser: nn.Module) -> Sequence[nn.Module]:
 
 
 @contextmanager
-def watch(modules: Sequence[nn.Module], see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Inside, each module calls ``see`` with its number here, its first argument and its output, detached.
+def watch(
+    denoiser: nn.Module, modules: Sequence[nn.Module], see: Callable[[int, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Inside, each of these modules of a denoiser calls ``see``: its number here, its first argument, its output.
 
-    Compiled modules run uncompiled meanwhile: what is compiled does not know of the hooks.
+    What is compiled runs uncompiled meanwhile: it does not know of the hooks.
     """
 
     def hook_of(number: int) -> Callable:
         return lambda module, args, output: see(number, args[0].detach(), output.detach())
 
-    compiled = any(part._compiled_call_impl is not None for module in modules for part in module.modules())
+    compiled = any(part._compiled_call_impl is not None for part in denoiser.modules())
     handles = [module.register_forward_hook(hook_of(number)) for number, module in enumerate(modules)]
     try:
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
@@ -45,7 +47,7 @@ def watch(modules: Sequence[nn.Module], see: Callable[[int, Tensor, Tensor], Non
 
 def watch_blocks(denoiser: nn.Module, see: Callable[[int, Tensor, Tensor], None]):
     """Inside, every block calls ``see`` with its number and the tokens (N, T, D) before and after it."""
-    return watch(blocks_of(denoiser), see)
+    return watch(denoiser, blocks_of(denoiser), see)
 
 
 def watch_attention(denoiser: nn.Module, see: Callable[[int, Tensor, Tensor, Tensor], None]):
@@ -61,7 +63,7 @@ def watch_attention(denoiser: nn.Module, see: Callable[[int, Tensor, Tensor, Ten
         parts = qkv.reshape(n, tokens, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4)  # 3 x (N, heads, T, d)
         see(number, *parts)
 
-    return watch([attention.qkv for attention in attentions], split)
+    return watch(denoiser, [attention.qkv for attention in attentions], split)
 
 
 def attention_logits(q: Tensor, k: Tensor) -> Tensor:
