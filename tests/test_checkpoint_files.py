@@ -5,16 +5,19 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_resume import assert_same
 
 from ditlit.errors import InputError
 from ditlit.training import CheckpointFiles
-from ditlit.training.checkpoint_files import is_intact, newest_complete, write
+from ditlit.training.checkpoint_files import is_intact, newest_complete, step_of, write
 
 
 def checkpoint(step, size=1000):
@@ -78,12 +81,22 @@ def save_on_and_on(path, step, pipe):
         pipe.send(step)
 
 
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+def save_in_background(path, step, pipe):
+    files = CheckpointFiles(background=True)
+    files.save_checkpoint({"global_step": step + 1, "w": torch.randn(2_000_000)}, path)
+    while True:
+        step += 1
+        files.save_checkpoint({"global_step": step + 1, "w": torch.randn(2_000_000)}, path)
+        pipe.send(step)  # the one before is there by now
+
+
+@pytest.mark.parametrize("save", [save_on_and_on, save_in_background])
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, save):
     context = multiprocessing.get_context("fork")
     step = 0
     for delay in (0.0, 0.002, 0.005, 0.011, 0.017, 0.023):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=save_on_and_on, args=(tmp_path / "last.ckpt", step, sender))
+        process = context.Process(target=save, args=(tmp_path / "last.ckpt", step, sender))
         process.start()
         written = receiver.recv()
         time.sleep(delay)
@@ -122,6 +135,113 @@ assert files.error is None and sorted(p.name for p in path.parent.iterdir()) == 
         len(lines) == 1 and "step=2.ckpt (File too large); earlier checkpoints stay and training goes on." in lines[0]
     )
     assert newest_complete([tmp_path])[1] == 2
+
+
+# In the background --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Writing waits until it is let go; what is written is what the second argument of ``write`` names."""
+    gate, started = threading.Event(), threading.Event()
+
+    def slow_write(content, path):
+        started.set()
+        assert gate.wait(10)
+        write(content, path)
+
+    monkeypatch.setattr("ditlit.training.checkpoint_files.write", slow_write)
+    yield started, gate
+    gate.set()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, slow):
+    started, gate = slow
+    files, content, path = CheckpointFiles(background=True), checkpoint(1), tmp_path / "last.ckpt"
+    content["lr_schedulers"] = [{"last": [1]}]
+    files.save_checkpoint(content, path)
+    assert started.wait(10) and not path.exists()
+    content["state_dict"]["w"].add_(1)  # as the next steps do
+    content["lr_schedulers"][0]["last"].append(2)
+    gate.set()
+    files.finish()
+    saved = torch.load(path)
+    assert torch.equal(saved["state_dict"]["w"], torch.full((1000,), 1.0)) and saved["lr_schedulers"] == [{"last": [1]}]
+
+
+def test_one_checkpoint_is_written_at_a_time_and_readers_wait(tmp_path, slow):
+    _, gate = slow
+    files, path = CheckpointFiles(background=True), tmp_path / "last.ckpt"
+    threading.Timer(0.1, gate.set).start()
+    files.save_checkpoint(checkpoint(1), path)
+    files.save_checkpoint(checkpoint(2), path)  # the first is there now
+    assert step_of(path) in (1, 2)
+    assert files.load_checkpoint(path)["global_step"] == 2
+    assert newest_complete([tmp_path])[0] == path and step_of(path.with_name("last-previous.ckpt")) == 1
+
+
+def test_a_file_is_not_removed_before_the_one_that_replaces_it_is_there(tmp_path, slow):
+    _, gate = slow
+    files, old, new = CheckpointFiles(background=True), tmp_path / "step=1.ckpt", tmp_path / "step=2.ckpt"
+    write(checkpoint(1), old)
+    files.save_checkpoint(checkpoint(2), new)
+    files.remove_checkpoint(old)
+    assert old.exists() and not new.exists()
+    gate.set()
+    files.teardown()
+    assert new.exists() and not old.exists()
+
+
+def test_the_end_of_training_waits(make_module, make_trainer, datamodule, tmp_path, slow):
+    _, gate = slow
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_last="link")
+    threading.Timer(0.3, gate.set).start()
+    files = CheckpointFiles(background=True)
+    make_trainer(callbacks=[save], plugins=[files], enable_checkpointing=True).fit(make_module(), datamodule)
+    assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == ["last.ckpt", "step=4.ckpt"]
+    assert (tmp_path / "last.ckpt").is_symlink() and step_of(tmp_path / "last.ckpt") == 4
+    assert not any(thread.name.startswith("checkpoint") for thread in threading.enumerate())
+
+
+def test_the_background_changes_nothing(make_module, make_trainer, datamodule, tmp_path):
+    for background in (False, True):
+        save = ModelCheckpoint(tmp_path / str(background), filename="x", every_n_train_steps=3)
+        trainer = make_trainer(callbacks=[save], plugins=[CheckpointFiles(background)], enable_checkpointing=True)
+        trainer.fit(make_module(), datamodule)
+    ours, theirs = (torch.load(tmp_path / name / "x.ckpt") for name in ("True", "False"))
+    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "loops"):
+        assert_same(ours[key], theirs[key], key)
+
+
+def test_errors_end_up_where_those_of_the_foreground_do(tmp_path, monkeypatch):
+    def full(content, path):
+        raise OSError(28, "No space left on device")
+
+    files, old = CheckpointFiles(background=True), tmp_path / "step=1.ckpt"
+    write(checkpoint(1), old)
+    monkeypatch.setattr("ditlit.training.checkpoint_files.write", full)
+    with pytest.warns(UserWarning, match=r"could not save step 2 .*No space left on device.*training goes on"):
+        files.save_checkpoint(checkpoint(2), tmp_path / "step=2.ckpt")
+        files.remove_checkpoint(old)
+        assert files.error.errno == 28
+    files.teardown()
+    assert old.exists()
+    monkeypatch.setattr("ditlit.training.checkpoint_files.write", write)
+    files.save_checkpoint(checkpoint(3), tmp_path / "step=3.ckpt")
+    files.remove_checkpoint(old)
+    assert files.error is None and not old.exists()
+
+    def broken(content, path):
+        raise MemoryError("no memory to write with")
+
+    monkeypatch.setattr("ditlit.training.checkpoint_files.write", broken)
+    files.save_checkpoint(checkpoint(4), tmp_path / "step=4.ckpt")
+    with pytest.raises(MemoryError, match="no memory to write with"):
+        files.save_checkpoint(checkpoint(5), tmp_path / "step=5.ckpt")
+    files.teardown()
+
+
+# Foreign code --------------------------------------------------------------------------------------------------------
 
 
 class Malicious:

@@ -22,6 +22,7 @@ from ditlit.errors import InputError
 from ditlit.training.devices import launched, prepare_ddp, split
 
 STATES = ("state_dict", "current_model_state")
+GATHERED_ONCE = {"class_path": "ditlit.training.FSDP2", "init_args": {"reshard_after_forward": False}}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def assert_close(folder: Path, reference: Path, steps: slice = slice(None), atol
 
 
 @pytest.mark.parametrize(
-    ("strategy", "ranks", "accumulate"), [("ddp", 2, 1), ("ddp", 4, 2), ("fsdp2", 2, 2), ("fsdp2", 4, 1)]
+    ("strategy", "ranks", "accumulate"), [("ddp", 2, 1), ("ddp", 4, 2), (GATHERED_ONCE, 2, 2), ("fsdp2", 4, 1)]
 )
 def test_any_number_of_processes_trains_the_run_of_one(tmp_path, store, one, strategy, ranks, accumulate):
     folder = fit(tmp_path / "run", store, ranks, strategy, accumulate_grad_batches=accumulate)

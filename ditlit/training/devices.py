@@ -124,8 +124,9 @@ class FSDP2(ModelParallelStrategy):
                 param_dtype=self._dtype_of(block), reduce_dtype=torch.float32, cast_forward_inputs=False
             )
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward, mp_policy=policy)
+        # What lies around the blocks is needed again as soon as the backward pass begins.
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(denoiser, mesh=mesh, reshard_after_forward=self.reshard_after_forward, mp_policy=policy)
+        fully_shard(denoiser, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
 
     def _dtype_of(self, block: nn.Module) -> torch.dtype | None:
         """In which a block's weights are gathered: 16 bits where autocast would round all of them, else their own."""
