@@ -9,12 +9,13 @@ import time
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ditlit.cli import DitlitCLI
 from ditlit.data import LatentDataModule
 from ditlit.errors import InputError
 from ditlit.training import CheckpointFiles, Interrupted, StopOnSignal
-from ditlit.training.checkpoint_files import write
+from ditlit.training.checkpoint_files import step_of, write
 from ditlit.training.interruption import requeue
 
 STEPS = 6
@@ -33,10 +34,10 @@ class SignalAt(Callback):
 
 @pytest.fixture
 def fit(make_module, make_trainer, store, tmp_path):
-    def run(folder, *callbacks, ckpt_path=None, **changes):
+    def run(folder, *callbacks, ckpt_path=None, files=None, **changes):
         trainer = make_trainer(
-            default_root_dir=tmp_path / folder, max_steps=STEPS, accumulate_grad_batches=2, plugins=[CheckpointFiles()],
-            callbacks=[StopOnSignal(), *callbacks], max_epochs=-1, **changes,
+            default_root_dir=tmp_path / folder, max_steps=STEPS, accumulate_grad_batches=2, max_epochs=-1,
+            plugins=[files or CheckpointFiles()], callbacks=[StopOnSignal(), *callbacks], **changes,
         )  # fmt: skip
         module = make_module()
         data = LatentDataModule(store, val_size=10, global_batch_size=8, val_batch_size=4)
@@ -62,6 +63,20 @@ def test_the_step_is_finished_saved_and_continued(fit, tmp_path, monkeypatch, na
     assert torch.load(path)["global_step"] == 4
     continued = fit("broken", ckpt_path=path).state_dict()
     assert all(torch.equal(value, continued[key]) for key, value in whole.items())
+
+
+def test_what_is_written_in_the_background_is_waited_for(fit, tmp_path, monkeypatch):
+    def slow(checkpoint, path):
+        time.sleep(0.2)
+        write(checkpoint, path)
+
+    monkeypatch.setattr("ditlit.training.checkpoint_files.write", slow)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    save = ModelCheckpoint(filename="{step}", every_n_train_steps=3)
+    with pytest.raises(Interrupted, match=r"after step 4; saved .*last.ckpt"):
+        fit("broken", save, SignalAt(signal.SIGTERM, 3), files=CheckpointFiles(True), enable_checkpointing=True)
+    folder = tmp_path / "broken/checkpoints"
+    assert [step_of(folder / name) for name in ("step=3.ckpt", "last.ckpt")] == [3, 4]
 
 
 def test_handlers_are_put_back_when_a_run_ends(fit):

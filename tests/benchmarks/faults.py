@@ -37,6 +37,7 @@ from ditlit.training.checkpoint_files import newest_complete
 FAULTS = ("kill", "stop", "corrupt", "truncate", "full")
 STEPS, EVERY = 60, 3
 PATIENCE = 60  # seconds in which all processes of a run with a fault must have ended
+OPTIONS = argparse.Namespace(strategy="ddp", save_in_background=False)  # of the command line
 SAME = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
 
 
@@ -82,7 +83,7 @@ def start(folder: Path, store: Path, devices: int, full: tuple[int, int] = (-1, 
             "init_args": dict(store=str(store), val_size=10, global_batch_size=8),
         },
         "trainer": {
-            "accelerator": "cpu", "devices": devices, "strategy": "ddp" if devices > 1 else "auto",
+            "accelerator": "cpu", "devices": devices, "strategy": OPTIONS.strategy if devices > 1 else "auto",
             "default_root_dir": str(folder), "max_steps": STEPS, "max_epochs": -1, "accumulate_grad_batches": 2,
             "check_val_every_n_epoch": None, "val_check_interval": 20, "log_every_n_steps": 1,
             "enable_progress_bar": False, "enable_model_summary": False,
@@ -95,6 +96,7 @@ def start(folder: Path, store: Path, devices: int, full: tuple[int, int] = (-1, 
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "ditlit", "fit", "--config", str(folder / "run.yaml"), "--ckpt_path", "last"]
+    command += ["--save_in_background", "true"] if OPTIONS.save_in_background else []
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     with open(folder / "log.txt", "a") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -202,7 +204,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where runs and logs stay; by default they are removed")
-    args = parser.parse_args()
+    parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp", help="of the runs on 2 processes")
+    parser.add_argument("--save_in_background", action="store_true", help="write checkpoints while training goes on")
+    args = parser.parse_args(namespace=OPTIONS)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(args.folder or temporary)
         root.mkdir(parents=True, exist_ok=True)
