@@ -22,6 +22,7 @@ commands:
             evaluate sweep   over guidance scales, steps and samplers
             evaluate loss    by timestep: is it normal?
             evaluate scaling quality against compute, from several runs
+  benchmark speed, memory and use of the device of a configuration; what a run will take
   convert   bring weights from and to other formats
 
 Start with     ditlit fit --config digits.yaml      (two cores, a few minutes)
@@ -47,6 +48,10 @@ def main() -> None:
             settings = command_parser(command).parse_args(joined(sys.argv[1 + len(command.split()) :]))
             settings.pop("config")
             command_function(command)(**settings.as_dict())
+        elif sys.argv[1] == "benchmark":
+            from ditlit.benchmarking.cli import BenchmarkCLI
+
+            BenchmarkCLI(sys.argv[2:]).benchmark()
         else:
             from ditlit.cli import DitlitCLI  # after the cheap answers: it imports torch
 

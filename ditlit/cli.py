@@ -123,13 +123,16 @@ class SaveFitConfig(SaveConfigCallback):
 
 
 class DitlitCLI(LightningCLI):
-    """Lightning's command line for :class:`DiTModule` and any :class:`LatentDataModule`."""
+    """Lightning's command line for :class:`DiTModule` and any :class:`LatentDataModule`.
 
-    def __init__(self, args: list[str] | None = None):
+    Args:
+        args: words of the command line; by default those of this process.
+        changes: to the settings of LightningCLI, for a command line that is built on this one.
+    """
+
+    def __init__(self, args: list[str] | None = None, **changes: Any):
         warnings.formatwarning = format_warning
-        super().__init__(
-            DiTModule,
-            LatentDataModule,
+        settings = dict(
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -138,8 +141,8 @@ class DitlitCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [StopOnSignal(), Heartbeat()]},
             parser_kwargs={name: {"description": " ".join(text.split())} for name, text in DESCRIPTIONS.items()},
-            args=args,
         )
+        super().__init__(DiTModule, LatentDataModule, args=args, **(settings | changes))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "evaluation": {"errors", "data", "pictures"},
     "training": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "evaluation"},
     "analysis": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "generation", "evaluation"},
+    "benchmarking": {"errors", "models", "diffusion", "data", "checkpoints", "generation", "training", "cli"},
     "commands": {
         "errors",
         "models",

@@ -1,0 +1,284 @@
+"""``ditlit benchmark``: the steps of a configuration measured, and what follows from them."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch import Trainer
+from torch import nn
+
+from ditlit.benchmarking.batch_size import accumulation, largest_batch, ran_out
+from ditlit.benchmarking.ceiling import Products, product_dtype
+from ditlit.benchmarking.contenders import DiffusersDiT, DiffusersTraining, check_comparable
+from ditlit.benchmarking.plan import Measured, Plan, Reason, plan_rows, share_of_gpu
+from ditlit.benchmarking.report import TRAINING_PASSES, Ceiling, LargestBatch, Machine, Measurand, Report, Speed
+from ditlit.benchmarking.sampling import measure_sampling, sampling_precision
+from ditlit.benchmarking.synthetic import SyntheticLatents
+from ditlit.benchmarking.training import (
+    MakeTurn,
+    Subject,
+    TrainingResult,
+    Turn,
+    gathered_bytes,
+    measure_training,
+    quiet,
+)
+from ditlit.checkpoints.contents import variant_name
+from ditlit.data.folders import is_remote
+from ditlit.data.manifest import MANIFEST
+from ditlit.errors import InputError
+from ditlit.models import DiT, macs, num_parameters
+from ditlit.training import DiTModule
+from ditlit.training.devices import PRECISIONS
+
+Build = Callable[[], Subject]
+CEILING = "matrix products"
+SYNTHETIC = "synthetic"
+# Settings of a plan: whether blocks are recomputed, and whether they are compiled.
+VARIANTS = {"plain": (False, False), "checkpointing": (True, False), "compile": (False, True)}
+
+
+@dataclass
+class Settings:
+    """What is measured of a configuration.
+
+    Args:
+        warmup: steps before those that count, 2 at least.
+        repeats: steps that count.
+        compare: also measure diffusers' DiT of equal depth and width, taking turns with ours.
+        find_batch_size: also find the most samples that fit the GPU at once. The configuration keeps its batch.
+        plan: also work out a run such as "400k steps, 8 GPUs": hours, GPU-hours and memory with and without
+            checkpointing, compiling and FSDP. Steps are measured with one GPU's share of the batch.
+        out: file for the results, by default benchmark.json in trainer.default_root_dir. It is written over.
+    """
+
+    warmup: int = 3
+    repeats: int = 10
+    compare: Literal["diffusers"] | None = None
+    find_batch_size: bool = False
+    plan: str | None = None
+    out: str | None = None
+
+    def __post_init__(self):
+        if self.warmup < 2:
+            raise InputError(f"--warmup is 2 at least, since the first step still makes room, got {self.warmup}")
+        if self.repeats < 1:
+            raise InputError(f"--repeats is a positive number of steps, got {self.repeats}")
+
+
+class Benchmark:
+    """Measures a configuration.
+
+    Args:
+        build: makes module, datamodule and the Trainer's settings from the configuration, afresh each time.
+        settings: what is measured.
+        matmul_precision: of float32 matrix products on GPUs.
+
+    Raises:
+        InputError: for settings that do not fit each other or the configuration.
+    """
+
+    def __init__(self, build: Build, settings: Settings, matmul_precision: str = "highest"):
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            raise InputError("benchmark measures one device, and works the others out: run it without torchrun")
+        self.build = build
+        self.settings = settings
+        self.matmul_precision = matmul_precision
+        self.plan = None if settings.plan is None else Plan.parse(settings.plan)
+        self.subject = build()
+        self.denoiser = self.subject.module.denoiser
+        self.accumulate = self.subject.trainer["accumulate_grad_batches"]
+        self.global_batch_size = self.subject.datamodule.global_batch_size
+        self.gpus = 1 if self.plan is None else self.plan.gpus
+        self.share = share_of_gpu(self.global_batch_size, self.gpus, self.accumulate)
+        self.micro_batch = self.share // self.accumulate
+        if settings.compare:
+            check_comparable(self.denoiser)
+        with quiet():
+            trainer = self.subject.trainer_of()
+        self.device, self.precision = trainer.strategy.root_device, str(trainer.precision)
+        if settings.find_batch_size and self.device.type != "cuda":
+            raise InputError(
+                "--find_batch_size needs a CUDA GPU: elsewhere a step that needs too much memory does not fail, but "
+                "slows the machine down or ends the process"
+            )
+
+    def run(self) -> Report:
+        """Measure, one thing after the other."""
+        checkpointing = getattr(self.denoiser, "use_checkpoint", False)
+        data = self.take_data(self.subject)
+        subject = Measurand(
+            denoiser_name(self.denoiser), parameters_of(self.denoiser), macs_of(self.denoiser), self.precision,
+            checkpointing, self.subject.module.compile_blocks, self.global_batch_size, self.share, self.accumulate,
+            data,
+        )  # fmt: skip
+        largest = self.find_batch_size() if self.settings.find_batch_size else None
+        training, ceiling = self.measure_training()
+        report = Report(
+            Machine.of(self.device), subject, self.settings.warmup, self.settings.repeats, ceiling,
+            self.training_speeds(training, ceiling), training.startup,
+            None if data.startswith(SYNTHETIC) else training.waited, largest_batch=largest, plan=self.plan,
+        )  # fmt: skip
+        self.measure_sampling(report)
+        if self.plan is not None:
+            found = {name: self.variant(name, training) for name in VARIANTS}
+            report.plan_rows = plan_rows(self.plan, found, self.gathered())
+        return report
+
+    # Training ----------------------------------------------------------------------------------------------------
+
+    def take_data(self, subject: Subject) -> str:
+        """Let a subject read the configuration's stores, or synthetic latents where they are not there; says which."""
+        data, denoiser = subject.datamodule, subject.module.denoiser
+        local = [where for where in (*data.locations, data.val_store) if where is not None and not is_remote(where)]
+        missing = next((where for where in local if not (Path(where) / MANIFEST).exists()), None)
+        if missing is not None:
+            shape = (denoiser.in_channels, *denoiser.input_size)
+            subject.datamodule = SyntheticLatents(shape, denoiser.num_classes, self.micro_batch)
+            return f"{SYNTHETIC}, since there is no store at {missing}"
+        data.global_batch_size = self.share
+        data.verify = False  # it reads every byte; `fit` does it
+        return ", ".join(data.locations)
+
+    def measure_training(self) -> tuple[TrainingResult, Ceiling]:
+        say(f"training steps of {self.share} samples")
+        makers: dict[str, MakeTurn] = {}
+        products: list[Products] = []
+        dtype = product_dtype(self.precision)
+        if isinstance(self.denoiser, DiT):
+
+            def make_products(trainer: Trainer, module: DiTModule) -> Turn:
+                products.append(Products(module.denoiser, self.micro_batch, dtype, module.device))
+                return lambda batches: products[0]()
+
+            makers[CEILING] = make_products
+        if self.settings.compare:
+            makers[self.settings.compare] = DiffusersTraining
+        with enough_memory(self.micro_batch):
+            found = measure_training(self.subject, self.settings.warmup, self.settings.repeats, makers)
+        spread = found.turns.get(CEILING)
+        measured = products[0].flops / spread.median if products else None
+        shape = products[0].shape if products else None
+        return found, Ceiling(shape, str(dtype).removeprefix("torch."), spread, measured, found.datasheet)
+
+    def training_speeds(self, found: TrainingResult, ceiling: Ceiling) -> dict[str, Speed]:
+        steps = {"ditlit": (found.step, found.peak)}
+        if self.settings.compare:
+            name = self.settings.compare
+            steps[name] = (found.turns[name], found.turn_peaks[name])
+        of_step = None if macs_of(self.denoiser) is None else TRAINING_PASSES * macs_of(self.denoiser) * self.share
+        return {name: Speed.of(s, self.share / s.median, of_step, ceiling, peak) for name, (s, peak) in steps.items()}
+
+    def variant(self, name: str, training: TrainingResult) -> Measured | Reason:
+        """A setting of the plan: as measured already, measured now, or why it cannot be."""
+        checkpointing, compile = VARIANTS[name]
+        module = self.subject.module
+        if (getattr(self.denoiser, "use_checkpoint", False), module.compile_blocks) == (checkpointing, compile):
+            return measured(training)
+        if checkpointing and not hasattr(self.denoiser, "use_checkpoint"):
+            return "this denoiser has no use_checkpoint"
+        say(f"training steps for the plan: {name}")
+        subject = self.build()
+        self.take_data(subject)
+        subject.module.compile_blocks = compile
+        if hasattr(subject.module.denoiser, "use_checkpoint"):
+            subject.module.denoiser.use_checkpoint = checkpointing
+        try:
+            return measured(measure_training(subject, self.settings.warmup, self.settings.repeats, {}))
+        except InputError as error:
+            return str(error)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            return "out of memory"
+
+    def gathered(self) -> int | Reason:
+        if self.precision not in PRECISIONS:
+            return f"fsdp2 does not train with trainer.precision {self.precision}"
+        return gathered_bytes(self.denoiser, product_dtype(self.precision))
+
+    def find_batch_size(self) -> LargestBatch:
+        say("the largest batch that fits")
+        subject = self.build()
+        shape = (self.denoiser.in_channels, *self.denoiser.input_size)
+
+        def step(n: int) -> None:
+            subject.datamodule = SyntheticLatents(shape, self.denoiser.num_classes, n)
+            subject.fit(max_steps=2)  # the second has the optimizer's state from the start
+
+        samples = largest_batch(step)
+        parts = accumulation(self.global_batch_size, self.gpus, samples)
+        if samples < self.micro_batch:
+            remedy = (
+                "choose another global_batch_size"
+                if parts is None
+                else f"set --trainer.accumulate_grad_batches {parts}"
+            )
+            raise InputError(f"{samples} samples fit at once, but the configuration has {self.micro_batch}: {remedy}")
+        return LargestBatch(samples, parts)
+
+    # Sampling ----------------------------------------------------------------------------------------------------
+
+    def measure_sampling(self, report: Report) -> None:
+        """Add sampling steps of the averaged weights to the report, where ``ditlit sample`` can draw with them."""
+        if not isinstance(self.denoiser, DiT):
+            return
+        say("sampling steps")
+        module = self.subject.module
+        fresh = self.build().module.denoiser  # nothing compiled for training
+        fresh.load_state_dict(self.denoiser.state_dict())
+        denoisers = {"ditlit": fresh}
+        if self.settings.compare:
+            denoisers[self.settings.compare] = DiffusersDiT(self.denoiser)
+        precision = sampling_precision(self.precision, self.matmul_precision)
+        with enough_memory(self.micro_batch):
+            found = measure_sampling(
+                denoisers, module.process, module.sampling, self.micro_batch, self.device, precision,
+                self.settings.warmup, self.settings.repeats,
+            )  # fmt: skip
+        halves = 1 if module.sampling.guidance_scale == 1 else 2
+        of_step = halves * macs_of(self.denoiser) * self.micro_batch
+        report.sampling = {
+            name: Speed.of(one.step, self.micro_batch / one.seconds, of_step, report.ceiling, one.peak)
+            for name, one in found.items()
+        }
+        report.sampler = asdict(module.sampling) | {"batch_size": self.micro_batch, "precision": precision}
+
+
+@contextmanager
+def enough_memory(n: int) -> Iterator[None]:
+    """Turn running out of memory with n samples into an error that says what to change."""
+    try:
+        yield
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        raise InputError(
+            f"out of memory with {n} samples at once: raise --trainer.accumulate_grad_batches, set "
+            "--model.denoiser.use_checkpoint true, or give each GPU less with --plan; --find_batch_size true finds "
+            "what fits"
+        ) from error
+
+
+def measured(found: TrainingResult) -> Measured:
+    return Measured(found.step.median, found.startup, found.states, found.peak)
+
+
+def macs_of(denoiser: nn.Module) -> int | None:
+    return macs(denoiser) if isinstance(denoiser, DiT) else None
+
+
+def parameters_of(denoiser: nn.Module) -> int:
+    return num_parameters(denoiser) if isinstance(denoiser, DiT) else sum(p.numel() for p in denoiser.parameters())
+
+
+def denoiser_name(denoiser: nn.Module) -> str:
+    return variant_name(denoiser.config) if isinstance(denoiser, DiT) else type(denoiser).__name__
+
+
+def say(what: str) -> None:
+    print(f"ditlit: measuring {what} ...", file=sys.stderr, flush=True)

@@ -1,0 +1,68 @@
+"""The command line of ``ditlit benchmark``: the settings of ``fit``, and those of the benchmark."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from ditlit.benchmarking.benchmark import Benchmark, Settings
+from ditlit.benchmarking.table import as_text
+from ditlit.benchmarking.training import Subject
+from ditlit.cli import DitlitCLI, check_writable
+from ditlit.data.folders import is_remote, write_atomically
+from ditlit.errors import InputError
+
+DESCRIPTION = """Measure what a configuration costs, before training it. Example: ditlit benchmark --config xl2.yaml
+    --data.store /data/imagenet-latents --compare diffusers --plan "400k steps, 8 GPUs". Steps are those of fit on one
+    device, with every setting that fit takes, but for callbacks, loggers, validation and checkpoints. Without the
+    store, synthetic latents take its place. Images per second, utilisation (of the datasheet, and of matrix products
+    measured in the same run), memory and the wait for data are printed, and written as JSON."""
+RESULTS = "benchmark.json"
+
+
+class BenchmarkCLI(DitlitCLI):
+    """Reads a configuration of ``fit`` and measures its steps."""
+
+    def __init__(self, args: list[str]):
+        parser = {"prog": "ditlit benchmark", "description": " ".join(DESCRIPTION.split())}
+        super().__init__(args, run=False, save_config_callback=None, parser_kwargs=parser)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(Settings)
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        self.config.trainer.callbacks = None  # not even made: they may need files that are not here
+        self.config.trainer.logger = False
+        self.config.model.init_from = None
+
+    def instantiate_classes(self) -> None:
+        """Nothing yet: :meth:`build` does it for every measurement."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:
+        """Nothing: a measurement makes its own."""
+
+    def build(self) -> Subject:
+        """Module, datamodule and the Trainer's settings as the configuration has them."""
+        super().instantiate_classes()
+        return Subject(self.model, self.datamodule, dict(self.config_init.trainer))
+
+    def benchmark(self) -> None:
+        """Measure, print the table, and write the results."""
+        settings = Settings(**{field.name: self.config[field.name] for field in fields(Settings)})
+        out = self._writable(settings.out)
+        report = Benchmark(self.build, settings, self.config.matmul_precision).run()
+        write_atomically(out, json.dumps(report.as_dict(), indent=1).encode())
+        print(f"\n{as_text(report)}\n\nWritten to {out}")
+
+    def _writable(self, given: str | None) -> Path:
+        out = given or f"{self.config.trainer.default_root_dir}/{RESULTS}"
+        if is_remote(out):
+            raise InputError(f"results are written to a local file, not to {out}: choose one with --out")
+        if Path(out).is_dir():
+            raise InputError(f"{out} is a folder: --out is the file for the results")
+        check_writable(Path(out).parent)
+        return Path(out)
