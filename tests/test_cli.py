@@ -36,14 +36,25 @@ def ditlit(*args, cwd):
     return subprocess.run([sys.executable, "-m", "ditlit", *args], capture_output=True, text=True, cwd=cwd)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.name)
+def shipped_name(config):
+    return str(config.relative_to(ROOT / "configs"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=shipped_name)
 def test_every_configuration_builds(cli, config):
-    built = cli("fit", "--config", config.name, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
+    """Those that change another one say in their command which it is."""
     header = config.read_text().split("\n\n")[0]
-    assert all(word in header for word in ("Reproduces", "Command", "Hardware", "Expect"))
-    name = config.stem
-    if name in ("s2", "b2", "l2", "xl2"):
-        assert built.model.denoiser.config["variant"] == f"DiT-{name[:-1].upper()}/2"
+    name = shipped_name(config)
+    base = re.search(rf"--config (\S+) --config {re.escape(name)}", header)
+    words = ("Command", "Expect") if base else ("Reproduces", "Command", "Hardware", "Expect")
+    assert all(word in header for word in words)
+    given = [word for file in ([base[1]] if base else []) + [name] for word in ("--config", file)]
+    built = cli("fit", *given, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
+    if base:
+        changed = yaml.safe_load(config.read_text())["trainer"]["default_root_dir"]
+        assert built.trainer.default_root_dir.endswith(changed)
+    if name in ("s2.yaml", "b2.yaml", "l2.yaml", "xl2.yaml"):
+        assert built.model.denoiser.config["variant"] == f"DiT-{config.stem[:-1].upper()}/2"
         optimizer = built.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
         group = optimizer.param_groups[0]
         assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, (0.9, 0.999), 0.0)

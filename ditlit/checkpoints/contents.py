@@ -116,11 +116,16 @@ def as_dit(contents: Contents) -> DiT:
     """The denoiser without memory for its weights, where it is a DiT.
 
     Raises:
-        InputError: for another denoiser, which other projects' formats cannot hold.
+        InputError: for another denoiser or conditioning, which other projects' formats cannot hold.
     """
     denoiser = skeleton(contents.denoiser)
     if type(denoiser) is not DiT:
         raise InputError(f"only a DiT can be written in this format, not {contents.denoiser['class_path']}")
+    if denoiser.conditioning != "adaln_zero":
+        raise InputError(
+            f"this format knows adaLN-Zero only, and this DiT's conditioning is {denoiser.conditioning}: write a .ckpt "
+            "or .safetensors file"
+        )
     return denoiser
 
 

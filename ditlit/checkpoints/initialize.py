@@ -35,6 +35,12 @@ def initialize(denoiser: nn.Module, contents: Contents, class_names: list[str] |
     ours, theirs = describe(denoiser), contents.denoiser
     if ours["class_path"] != theirs["class_path"]:
         raise InputError(f"{where} holds a {theirs['class_path']}, the denoiser is a {ours['class_path']}")
+    designs = [config["init_args"].get("conditioning", "adaln_zero") for config in (ours, theirs)]
+    if designs[0] != designs[1]:
+        raise InputError(
+            f"{where} has the conditioning {designs[1]}, the denoiser {designs[0]}, and their blocks have nothing to "
+            f"give each other: set --model.denoiser.conditioning {designs[1]}"
+        )
     own, state = denoiser.state_dict(), dict(contents.state)
     set_name = "weights" if contents.weights == "unknown" else f"{contents.weights} weights"
     report = [f"Starting from the {set_name} of {where} ({contents.format}, step {contents.step})"]

@@ -102,7 +102,17 @@ def infer(state: dict[str, Tensor], tokens: int | None, given: Given, where: Any
         positions="sincos",
         dropout=0.0,
         use_checkpoint=False,
+        conditioning=design(state, width),
     )
+
+
+def design(state: dict[str, Tensor], width: int) -> str:
+    """How the blocks of these weights are conditioned."""
+    if "blocks.0.cross.q.weight" in state:
+        return "cross_attention"
+    if "blocks.0.modulation.weight" not in state:
+        return "in_context"
+    return "adaln" if state["blocks.0.modulation.weight"].shape[0] == 4 * width else "adaln_zero"
 
 
 def is_fixed(table: Tensor, config: dict[str, Any], where: Any) -> bool:

@@ -8,7 +8,8 @@ that torch.compile uses on CPUs; they have no backward pass, so training keeps t
 import torch
 from torch import Tensor, nn
 
-from ditlit.models.blocks import MLP, AdaLNZeroBlock
+from ditlit.models.blocks import MLP
+from ditlit.models.conditioning import DESIGNS
 
 
 class FusedLinear(nn.Module):
@@ -43,6 +44,6 @@ class FusedMLP(nn.Module):
 def fuse(denoiser: nn.Module) -> None:
     """Replace the layers of a DiT's blocks, in place; for inference only."""
     for block in denoiser.modules():
-        if isinstance(block, AdaLNZeroBlock):
+        if isinstance(block, tuple(kind for kind, _ in DESIGNS.values())):
             block.attn.qkv, block.attn.out = FusedLinear(block.attn.qkv), FusedLinear(block.attn.out)
             block.mlp = FusedMLP(block.mlp)

@@ -3,12 +3,12 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ditlit.errors import InputError
 from ditlit.models.blocks import AdaLNZeroBlock, FinalLayer
+from ditlit.models.conditioning import DESIGNS, conditioned
 from ditlit.models.embeddings import TimestepEmbedding, patchify, sincos_positions, unpatchify
 
 # The paper's table 1; every size comes with patch sizes 8, 4 and 2.
@@ -40,7 +40,9 @@ class DiT(nn.Module):
         learn_sigma: predict the variance too: 2C output channels, noise first.
         positions: fixed 2-D sines and cosines (the paper) or a learned table.
         dropout: of attention weights and MLP activations, in training mode. The paper uses none.
-        use_checkpoint: recompute each block in the backward pass instead of storing its activations.
+        use_checkpoint: recompute blocks in the backward pass instead of storing their activations: all of them, or so
+            many, spread evenly over the depth.
+        conditioning: how blocks know timestep and class; the paper's four designs.
 
     Raises:
         InputError: for an unknown variant or sizes that do not fit together.
@@ -60,7 +62,8 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
         positions: Literal["sincos", "learned"] = "sincos",
         dropout: float = 0.0,
-        use_checkpoint: bool = False,
+        use_checkpoint: bool | int = False,
+        conditioning: Literal["in_context", "cross_attention", "adaln", "adaln_zero"] = "adaln_zero",
     ):
         super().__init__()
         if variant not in VARIANTS:
@@ -78,14 +81,18 @@ class DiT(nn.Module):
             positions=positions,
             dropout=dropout,
             use_checkpoint=use_checkpoint,
+            conditioning=conditioning,
         )
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
         self.in_channels = in_channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.num_classes = num_classes
         self.patch_size, width = sizes["patch_size"], sizes["hidden_size"]
-        self.use_checkpoint = use_checkpoint
+        self.conditioning = conditioning
         check_sizes(self.input_size, width, sizes["num_heads"], self.patch_size)
+        if conditioning not in DESIGNS:
+            raise InputError(f"unknown conditioning {conditioning!r}; choose one of {', '.join(DESIGNS)}")
+        self.recomputed = recomputed(use_checkpoint, sizes["depth"])
 
         self.grid = (self.input_size[0] // self.patch_size, self.input_size[1] // self.patch_size)
         tokens = self.grid[0] * self.grid[1]
@@ -96,14 +103,13 @@ class DiT(nn.Module):
             self.pos_embed = nn.Parameter(torch.empty(tokens, width))
         self.time_embed = TimestepEmbedding(width)
         self.label_embed = nn.Embedding(num_classes + 1, width)
-        self.blocks = nn.ModuleList(
-            AdaLNZeroBlock(width, sizes["num_heads"], mlp_ratio, dropout) for _ in range(sizes["depth"])
-        )
-        self.final = FinalLayer(width, self.patch_size**2 * self.out_channels)
+        Block, Final = DESIGNS[conditioning]
+        self.blocks = nn.ModuleList(Block(width, sizes["num_heads"], mlp_ratio, dropout) for _ in range(sizes["depth"]))
+        self.final = Final(width, self.patch_size**2 * self.out_channels)
         self.initialize()
 
     def initialize(self) -> None:
-        """The paper's initialisation: every block starts as the identity and the output as zero."""
+        """The paper's initialisation: adaLN-Zero's blocks start as the identity, and every design's output as zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -113,7 +119,9 @@ class DiT(nn.Module):
         nn.init.normal_(self.time_embed.mlp[2].weight, std=0.02)
         if isinstance(self.pos_embed, nn.Parameter):
             nn.init.normal_(self.pos_embed, std=0.02)
-        for layer in (*(block.modulation for block in self.blocks), self.final.modulation, self.final.linear):
+        silent = [self.final.linear]
+        silent += [module.modulation for module in self.modules() if isinstance(module, (AdaLNZeroBlock, FinalLayer))]
+        for layer in silent:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -124,13 +132,24 @@ class DiT(nn.Module):
             raise InputError(f"this DiT is built for latents of shape {expected}, got {tuple(x_t.shape[1:])}")
         x = patchify(x_t, self.patch_size).to(self.patch_embed.weight.dtype)  # (N, T, C*p*p)
         x = self.patch_embed(x) + self.pos_embed  # (N, T, D)
-        c = F.silu(self.time_embed(t) + self.label_embed(y))  # (N, D)
-        for block in self.blocks:
-            if self.use_checkpoint and torch.is_grad_enabled():
+        tokens = x.shape[1]
+        x, c = conditioned(self.conditioning, x, self.time_embed(t), self.label_embed(y))
+        for number, block in enumerate(self.blocks):
+            if number in self.recomputed and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, use_reentrant=False)  # (N, T, D)
             else:
                 x = block(x, c)  # (N, T, D)
-        return unpatchify(self.final(x, c), self.patch_size, self.grid)  # (N, C_out, H, W)
+        x = self.final(x[:, :tokens], c)  # (N, T, p*p*C_out)
+        return unpatchify(x, self.patch_size, self.grid)  # (N, C_out, H, W)
+
+
+def recomputed(use_checkpoint: bool | int, depth: int) -> frozenset[int]:
+    """Numbers of the blocks that are recomputed in the backward pass."""
+    if use_checkpoint is True:
+        return frozenset(range(depth))
+    if not 0 <= use_checkpoint <= depth:
+        raise InputError(f"use_checkpoint recomputes between 0 and all {depth} blocks, got {use_checkpoint}")
+    return frozenset(i for i in range(depth) if (i + 1) * use_checkpoint // depth > i * use_checkpoint // depth)
 
 
 def check_sizes(input_size: tuple[int, int], width: int, num_heads: int, patch_size: int) -> None:
@@ -154,14 +173,22 @@ def macs(model: DiT) -> int:
     A linear layer costs its weights once a token, or once a sample where its input is the conditioning. Attention costs
     T*T*D for the scores and as much again for the values. A norm costs one for each value it normalises: without that
     DiT-XL/2 would be 118.62 G and not the paper's 118.64. Activations, additions and modulation are not counted. This
-    gives table 4 of the paper to two decimals, but for DiT-B/4: 5.566 G here, 5.56 there.
+    gives table 4 of the paper to two decimals, but for DiT-B/4: 5.566 G here, 5.56 there. It also gives all four
+    designs of conditioning to two decimals.
     """
     tokens, width = model.grid[0] * model.grid[1], model.config["hidden_size"]
-    total = len(model.blocks) * 2 * tokens * tokens * width
+    inside = tokens + 2 if model.conditioning == "in_context" else tokens  # tokens in a block
+    total = len(model.blocks) * 2 * inside * inside * width
+    if model.conditioning == "cross_attention":
+        total += len(model.blocks) * 2 * tokens * 2 * width
     for name, layer in model.named_modules():
+        times = inside if name.startswith("blocks") else tokens
         if isinstance(layer, nn.Linear):
-            on_conditioning = name.endswith("modulation") or name.startswith("time_embed")
-            total += layer.weight.numel() * (1 if on_conditioning else tokens)
+            if name.endswith("modulation") or name.startswith("time_embed"):
+                times = 1
+            elif name.endswith("cross.kv"):
+                times = 2
+            total += layer.weight.numel() * times
         elif isinstance(layer, nn.LayerNorm):
-            total += tokens * width
+            total += times * width
     return total

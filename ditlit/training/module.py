@@ -108,7 +108,8 @@ class DiTModule(LightningModule):
             self.initialize(self.init_from, getattr(manifest, "class_names", None))
 
     def configure_model(self) -> None:
-        split(self.denoiser, self.trainer.strategy)
+        if self._trainer is not None:  # load_from_checkpoint has none
+            split(self.denoiser, self.trainer.strategy)
 
     def fit_to(self, manifest: Manifest) -> None:
         """Check that the denoiser is built for a store's latents, and take their shift and scale."""
