@@ -366,7 +366,10 @@ def test_the_contender_has_our_depth_width_and_call():
     assert len(theirs.model.transformer_blocks) == 3 and theirs.model.inner_dim == 16
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([0, 999]), torch.tensor([0, 5])
     assert theirs(x, t, y).shape == ours(x, t, y).shape
-    for name, model in (("square", DiT(input_size=(8, 16), depth=1)), ("mlp_ratio 4", DiT(mlp_ratio=2, depth=1))):
+    for name, model in (
+        ("square", DiT(input_size=(8, 16), depth=1)),
+        ("mlp_ratio 4, not 2", DiT(mlp_ratio=2, depth=1)),
+    ):
         with pytest.raises(InputError, match=name):
             check_comparable(model)
     with pytest.raises(InputError, match="needs a DiT"):
@@ -467,14 +470,15 @@ def test_a_plan_measures_checkpointing_and_compiling_whatever_the_configuration_
     measured = []
 
     def measure(subject, warmup, repeats, makers):
-        measured.append((subject.module.denoiser.use_checkpoint, subject.module.compile_blocks))
+        measured.append((subject.module.denoiser.config["use_checkpoint"], subject.module.compile_blocks))
         if measured[-1] == (False, False):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return found
 
     def build():
         subject = make_build()()
-        subject.module.denoiser.use_checkpoint = True
+        denoiser = subject.module.denoiser
+        subject.module.denoiser = DiT(**(denoiser.config | {"use_checkpoint": True}))
         return subject
 
     bench = Benchmark(build, Settings(plan="1k steps, 2 GPUs"))

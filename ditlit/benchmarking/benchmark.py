@@ -38,6 +38,7 @@ from ditlit.training.devices import PRECISIONS
 Build = Callable[[], Subject]
 CEILING = "matrix products"
 SYNTHETIC = "synthetic"
+CHECKPOINTING = "use_checkpoint"  # a keyword of denoisers
 # Settings of a plan: whether blocks are recomputed, and whether they are compiled.
 VARIANTS = {"plain": (False, False), "checkpointing": (True, False), "compile": (False, True)}
 
@@ -109,7 +110,7 @@ class Benchmark:
 
     def run(self) -> Report:
         """Measure, one thing after the other."""
-        checkpointing = getattr(self.denoiser, "use_checkpoint", False)
+        checkpointing = self.denoiser.config.get(CHECKPOINTING, False)
         data = self.take_data(self.subject)
         subject = Measurand(
             denoiser_name(self.denoiser), parameters_of(self.denoiser), macs_of(self.denoiser), self.precision,
@@ -176,17 +177,19 @@ class Benchmark:
     def variant(self, name: str, training: TrainingResult) -> Measured | Reason:
         """A setting of the plan: as measured already, measured now, or why it cannot be."""
         checkpointing, compile = VARIANTS[name]
-        module = self.subject.module
-        if (getattr(self.denoiser, "use_checkpoint", False), module.compile_blocks) == (checkpointing, compile):
+        now = self.denoiser.config.get(CHECKPOINTING, False)  # true, false, or a number of blocks
+        same = now is True if checkpointing else not now
+        if same and self.subject.module.compile_blocks == compile:
             return measured(training)
-        if checkpointing and not hasattr(self.denoiser, "use_checkpoint"):
-            return "this denoiser has no use_checkpoint"
+        if checkpointing and CHECKPOINTING not in self.denoiser.config:
+            return f"this denoiser has no {CHECKPOINTING}"
         say(f"training steps for the plan: {name}")
         subject = self.build()
         self.take_data(subject)
-        subject.module.compile_blocks = compile
-        if hasattr(subject.module.denoiser, "use_checkpoint"):
-            subject.module.denoiser.use_checkpoint = checkpointing
+        module = subject.module
+        module.compile_blocks = compile
+        if not same:
+            module.denoiser = type(module.denoiser)(**(module.denoiser.config | {CHECKPOINTING: checkpointing}))
         try:
             return measured(measure_training(subject, self.settings.warmup, self.settings.repeats, {}))
         except InputError as error:

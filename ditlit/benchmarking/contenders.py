@@ -18,9 +18,14 @@ def check_comparable(denoiser: nn.Module) -> None:
     """Raise InputError where diffusers has no model of a denoiser's sizes."""
     if not isinstance(denoiser, DiT) or denoiser.input_size[0] != denoiser.input_size[1]:
         raise InputError("--compare diffusers needs a DiT on square latents: diffusers has no other")
-    if denoiser.config["mlp_ratio"] != 4:
-        ratio = denoiser.config["mlp_ratio"]
-        raise InputError(f"--compare diffusers needs mlp_ratio 4, not {ratio}: diffusers has no other")
+    config = denoiser.config
+    for name, value in {"mlp_ratio": 4, "conditioning": "adaln_zero"}.items():
+        if config.get(name, value) != value:
+            raise InputError(f"--compare diffusers needs {name} {value}, not {config[name]}: diffusers has no other")
+    if not isinstance(config["use_checkpoint"], bool):
+        raise InputError(
+            "--compare diffusers needs use_checkpoint true or false: diffusers recomputes all blocks or none"
+        )
 
 
 class DiffusersDiT(nn.Module):
@@ -49,7 +54,7 @@ class DiffusersDiT(nn.Module):
         )
         self.in_channels, self.input_size = denoiser.in_channels, denoiser.input_size
         self.num_classes = denoiser.num_classes
-        if denoiser.use_checkpoint:
+        if config["use_checkpoint"]:
             self.model.enable_gradient_checkpointing()
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Measurand:
         parameters: of the denoiser.
         macs: multiply-adds of a forward pass of one sample; None where they are not known.
         precision: of training.
-        checkpointing: whether blocks are recomputed in the backward pass.
+        checkpointing: whether blocks are recomputed in the backward pass, or how many.
         compile: whether blocks are compiled.
         global_batch_size: of the configuration.
         batch_size: samples of an optimizer step on the device.
@@ -68,7 +68,7 @@ class Measurand:
     parameters: int
     macs: int | None
     precision: str
-    checkpointing: bool
+    checkpointing: bool | int
     compile: bool
     global_batch_size: int
     batch_size: int

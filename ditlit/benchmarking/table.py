@@ -28,7 +28,10 @@ def heading(report: Report) -> str:
     if report.plan is not None:
         batch += f", of {subject.global_batch_size} on {gpus(report.plan)}"
     settings = [subject.precision, batch]
-    settings += ["checkpointing"] if subject.checkpointing else []
+    if subject.checkpointing:
+        settings += [
+            "checkpointing" if subject.checkpointing is True else f"{subject.checkpointing} blocks checkpointed"
+        ]
     settings += ["compiled"] if subject.compile else []
     return "\n".join(
         [
