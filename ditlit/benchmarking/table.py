@@ -102,10 +102,10 @@ def largest(report: Report) -> str:
 def planned(report: Report, plan: Plan) -> str:
     title = f"Plan: {plan.steps:,} steps of {report.subject.global_batch_size} images on {gpus(plan)}"
     notes = [
-        "Measured on this device, one setting after the other, with one GPU's share of the batch: steps, and activations",
-        "(what comes and goes in a step). Arithmetic: states (weights, gradients, optimizer and moving average, by their",
-        "number and type); and FSDP, with plain's step, states in equal shards, and at most plain's activations and the",
-        "gathered block. Hours take scaling to be perfect, and leave out validation and checkpoints.",
+        "Measured on this device, one setting after the other, with one GPU's share of the batch: steps, and",
+        "activations (what comes and goes in a step). Arithmetic: states (weights, gradients, optimizer and moving",
+        "average, by their number and type); and FSDP, with plain's step, states in equal shards, and at most plain's",
+        "activations and the gathered block. Hours take scaling to be perfect, without validation and checkpoints.",
     ]
     return "\n".join([title, aligned([PLANNED, *map(planned_row, report.plan_rows)]), *notes])
 
