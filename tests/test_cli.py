@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from ditlit.__main__ import FUNCTIONS, command_parser, joined
+from ditlit.benchmarking.cli import BenchmarkCLI
 from ditlit.cli import DitlitCLI, find_config, with_found_configs
 from ditlit.errors import InputError
 
@@ -178,6 +179,9 @@ def test_readme_commands_parse(cli, words, monkeypatch):
     command = next((name for name in (" ".join(words[:2]), words[0]) if name in FUNCTIONS), None)
     if command is not None:
         command_parser(command).parse_args(joined(words[len(command.split()) :]))
+        return
+    if words[0] == "benchmark":
+        BenchmarkCLI([*words[1:], "--trainer.accelerator", "cpu"])  # parses, builds nothing
         return
     run_config = "runs/digits/config.yaml"
     if run_config in words:
