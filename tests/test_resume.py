@@ -1,6 +1,7 @@
 """A run killed at any step and continued is the run that was never killed, bit for bit, on one process and on two."""
 
 import contextlib
+import csv
 import os
 import signal
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 TESTS = Path(__file__).parent
 
@@ -141,3 +145,61 @@ def test_one_rank_is_told_to_stop_and_the_newest_checkpoint_is_damaged(tmp_path,
     assert checkpoints[0]["global_step"] == checkpoints[1]["global_step"] == 12
     for key in ("state_dict", "current_model_state"):
         assert all(torch.equal(value, checkpoints[1][key][name]) for name, value in checkpoints[0][key].items())
+
+
+class SaveAt(Callback):
+    """Saves after some micro-batches of the whole run, counted from 1."""
+
+    def __init__(self, folder: Path, *batches: int):
+        self.folder, self.batches, self.seen = folder, batches, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen += 1
+        if self.seen in self.batches:
+            trainer.save_checkpoint(self.folder / f"batch={self.seen}.ckpt")
+
+
+@pytest.fixture
+def run(make_module, make_trainer, datamodule, tmp_path):
+    """Trains for 8 steps, epochs of 3, with a held-out loss after each fourth; its logs and final checkpoint."""
+
+    def train(accumulate, *callbacks, ckpt_path=None):
+        logger = CSVLogger(tmp_path, name="logs")
+        trainer = make_trainer(
+            max_steps=8, max_epochs=-1, accumulate_grad_batches=accumulate, val_check_interval=4 * accumulate,
+            callbacks=list(callbacks), enable_checkpointing=True, logger=logger,
+        )  # fmt: skip
+        trainer.fit(make_module(), datamodule, ckpt_path=ckpt_path)
+        path = tmp_path / "end.ckpt"
+        trainer.save_checkpoint(path)
+        with open(Path(logger.log_dir) / "metrics.csv") as file:
+            logged = {int(row["step"]): row["val/loss"] for row in csv.DictReader(file) if row["val/loss"]}
+        return torch.load(path), logged
+
+    return train
+
+
+def test_a_step_begins_anew_where_a_checkpoint_was_written_amid_its_batches(run, tmp_path):
+    whole, logged = run(2, SaveAt(tmp_path, 5, 7, 13))  # in the third step; the first of an epoch; the seventh
+    for batch in (5, 7, 13):
+        continued, logged_later = run(2, ckpt_path=tmp_path / f"batch={batch}.ckpt")
+        for key in ("state_dict", "current_model_state", "optimizer_states", "averaging_state", "global_step"):
+            assert_same(continued[key], whole[key], key)
+        assert logged_later == {step: loss for step, loss in logged.items() if step >= (batch - 1) // 2}
+
+
+@pytest.mark.parametrize(("before", "after", "batch"), [(1, 2, 2), (2, 1, 4), (2, 4, 5), (4, 1, 12)])
+def test_batches_may_be_accumulated_otherwise(run, tmp_path, before, after, batch):
+    whole, logged = run(before, SaveAt(tmp_path, batch))
+    continued, logged_later = run(after, ckpt_path=tmp_path / f"batch={batch}.ckpt")
+    assert continued["global_step"] == 8 and logged_later.keys() == logged.keys()
+    for name, value in whole["current_model_state"].items():
+        torch.testing.assert_close(continued["current_model_state"][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_continued_run_does_not_save_what_it_has_loaded(run, tmp_path):
+    save = dict(dirpath=tmp_path / "kept", filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    run(2, ModelCheckpoint(**save))
+    (tmp_path / "kept" / "step=6.ckpt").unlink()
+    run(2, ModelCheckpoint(**save), ckpt_path=tmp_path / "kept" / "step=3.ckpt")
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["step=3.ckpt", "step=6.ckpt"]

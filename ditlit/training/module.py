@@ -26,6 +26,7 @@ from ditlit.training.devices import split, whole
 from ditlit.training.draws import StepDraws
 from ditlit.training.ema import EMA
 from ditlit.training.nonfinite import SkipNonFinite
+from ditlit.training.resuming import begin_at_whole_step, count_as_saved
 
 GOLDEN_RATIO = 0.6180339887498949
 VALIDATION_SEED = 0  # of the validation noise; the same in every run, so that curves compare
@@ -151,6 +152,9 @@ class DiTModule(LightningModule):
 
     # Training ----------------------------------------------------------------------------------------------------
 
+    def on_train_start(self) -> None:
+        count_as_saved(self.trainer)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         terms, t = self.training_terms(batch, batch_idx, self.trainer.global_step)
         return {"loss": terms["loss"].mean(), "terms": {k: v.detach() for k, v in terms.items()}, "t": t}
@@ -266,6 +270,7 @@ class DiTModule(LightningModule):
             "label_dropout": self.label_dropout,
             "seed": self.seed,
         }
+        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
         checkpoint["latents"] = self._latents()
         manifest = getattr(self.trainer.datamodule, "manifest", None)
         if manifest is not None:
@@ -273,6 +278,8 @@ class DiTModule(LightningModule):
             checkpoint["latents"] |= {name: getattr(manifest, name) for name in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None and "loops" in checkpoint:
+            begin_at_whole_step(checkpoint, self.trainer.accumulate_grad_batches)
         trained_on = {name: checkpoint["latents"][name] for name in ("shift", "scale")}
         if self._trainer is None or getattr(self.trainer.datamodule, "manifest", None) is None:
             self.latent_shift, self.latent_scale = (
