@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,15 +50,28 @@ class Poison(Callback):
             output.register_hook(lambda grad: grad * torch.inf)
 
 
-def command(words: list[str], rank: int, ranks: int, port: int, folder: Path) -> None:
-    """What each process does: the environment of torchrun, then ditlit."""
+def torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun tells the processes of one machine."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_WORLD_SIZE": "1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
+
+
+def srun(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What srun tells processes on a machine each."""
+    return {
+        "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": str(ranks), "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": "0", "SLURM_NODEID": str(rank), "SLURM_NODELIST": "127.0.0.1", "SLURM_NNODES": str(ranks),
+        "SLURM_STEP_NUM_NODES": str(ranks), "SLURM_NTASKS_PER_NODE": "1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def command(words: list[str], environment: dict[str, str], folder: Path) -> None:
+    """What each process does."""
     torch.set_num_threads(1)
-    if ranks > 1:
-        os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-            "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_WORLD_SIZE": "1",
-            "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
-        }  # fmt: skip
+    os.environ |= environment
     from ditlit.__main__ import main
 
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -67,7 +81,7 @@ def command(words: list[str], rank: int, ranks: int, port: int, folder: Path) ->
     main()
 
 
-def run(ranks: int, words: list[str], folder: Path) -> list[int]:
+def run(ranks: int, words: list[str], folder: Path, launcher: Callable = torchrun) -> list[int]:
     """Run a command on so many ranks; the exit status of each, and their output in ``log.txt``."""
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:
@@ -75,7 +89,8 @@ def run(ranks: int, words: list[str], folder: Path) -> list[int]:
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    processes = [context.Process(target=command, args=(words, rank, ranks, port, folder)) for rank in range(ranks)]
+    environments = [launcher(rank, ranks, port) if ranks > 1 else {} for rank in range(ranks)]
+    processes = [context.Process(target=command, args=(words, each, folder)) for each in environments]
     try:
         for process in processes:
             process.start()

@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from PIL import Image
-from ranks import fit, run, write_config
+from ranks import fit, run, srun, write_config
 from test_resume import assert_same
 
 from ditlit import checkpoints
@@ -147,6 +147,13 @@ def test_torchrun_starts_the_same_run(tmp_path, store, one):
     assert_close(tmp_path / "run", one)
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]
     assert kept["devices"] == "auto" and kept["num_nodes"] == 1  # so that it also runs elsewhere
+
+
+def test_srun_starts_the_same_run(tmp_path, store, one):
+    config = write_config(tmp_path / "run", store, "fsdp2")
+    status = run(2, ["fit", "--config", str(config)], tmp_path / "run", launcher=srun)
+    assert status == [0, 0], (tmp_path / "run" / "log.txt").read_text()
+    assert_close(tmp_path / "run", one)
 
 
 # Steps that are skipped ----------------------------------------------------------------------------------------------
