@@ -148,7 +148,7 @@ class Heartbeat(Callback):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=PATIENCE))
         # torchrun keeps the store when it starts ranks again, and with it what those of before have said.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store = dist.PrefixStore(trainer.strategy.broadcast(os.urandom(8).hex()), store)
         self._pulse = Pulse(store, trainer.global_rank, trainer.world_size, give_up)
         trainer.strategy.barrier("heartbeat")
         self._pulse.start()
