@@ -127,6 +127,9 @@ class FSDP2(ModelParallelStrategy):
         # What lies around the blocks is needed again as soon as the backward pass begins.
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(denoiser, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        if self.root_device.type == "cpu":
+            for part in (*getattr(denoiser, "blocks", ()), denoiser):
+                part.set_force_sum_reduction_for_comms(True)  # gloo of torch 2.8 sums where it should average
 
     def _dtype_of(self, block: nn.Module) -> torch.dtype | None:
         """In which a block's weights are gathered: 16 bits where autocast would round all of them, else their own."""
