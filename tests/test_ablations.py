@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,13 +14,30 @@ from ditlit.checkpoints.torch_files import write_released, write_training
 from ditlit.diffusion import GaussianDiffusion
 from ditlit.errors import InputError
 from ditlit.generation.onednn import fuse
-from ditlit.models import DiT, macs
+from ditlit.models import DiT, macs, num_parameters
 from ditlit.models.conditioning import DESIGNS
 
 # Peebles & Xie 2023, table 4: G multiply-adds and M parameters of DiT-XL/2.
 PAPER = {
     "in_context": (119.37, 449), "cross_attention": (137.62, 598), "adaln": (118.56, 600), "adaln_zero": (118.64, 675),
 }  # fmt: skip
+# By hand: weights, biases and what the design adds in each of 28 blocks of width D; then what is around the blocks.
+D = 1152
+AROUND = (256 * D + D) + (D * D + D) + 1001 * D + (16 * D + D) + (32 * D + 32)  # timestep, label, patches, output
+EXACT = {
+    "in_context": 28 * (12 * D * D + 9 * D + 4 * D) + AROUND + 2 * D,
+    "cross_attention": 28 * (16 * D * D + 13 * D + 4 * D) + AROUND + 2 * D,
+    "adaln": 28 * (16 * D * D + 13 * D) + AROUND + 2 * D * D + 2 * D,
+    "adaln_zero": 28 * (18 * D * D + 15 * D) + AROUND + 2 * D * D + 2 * D,
+}
+# The other ablations, and one design with both, to see that they go together.
+CHANGES = {
+    "learned positions": dict(positions="learned"), "patches of 4": dict(patch_size=4),
+    "patches of 1": dict(patch_size=1), "noise only": dict(learn_sigma=False),
+    "all": dict(conditioning="cross_attention", positions="learned", learn_sigma=False),
+}  # fmt: skip
+ABLATIONS = {design: dict(conditioning=design) for design in DESIGNS} | CHANGES
+ablations = pytest.mark.parametrize("changes", ABLATIONS.values(), ids=ABLATIONS)
 OTHERS = [design for design in DESIGNS if design != "adaln_zero"]
 
 
@@ -55,7 +73,9 @@ def test_sizes_are_the_papers(design):
     with torch.device("meta"):
         model = DiT("DiT-XL/2", conditioning=design)
     g_macs, m_parameters = PAPER[design]
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == m_parameters
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == EXACT[design] and round(parameters / 1e6) == m_parameters
+    assert num_parameters(model) == parameters + 256 * D
     assert f"{macs(model) / 1e9:.2f}" == str(g_macs)
 
 
@@ -74,6 +94,18 @@ def test_macs_agree_with_counting_products_in_a_real_pass(design):
 
 
 @pytest.mark.parametrize("design", DESIGNS)
+def test_no_block_is_fed_numbers_of_another_precision_under_autocast(design):
+    """The embedding of the class is a table and stays in float32, that of the timestep comes out of 16 bits."""
+    model = awake(tiny(design))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(*inputs())
+    expected = model(*inputs())
+    assert (mixed - expected).norm() < 0.05 * expected.norm()
+    halved = model.to(torch.bfloat16)(*inputs())
+    assert (halved - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("design", DESIGNS)
 def test_starts_at_zero_and_only_adaln_zero_as_the_identity(design):
     model = tiny(design)
     x, t, y = inputs()
@@ -87,9 +119,9 @@ def test_starts_at_zero_and_only_adaln_zero_as_the_identity(design):
     assert after.std() < 5 * before.std()  # no design starts by blowing up
 
 
-@pytest.mark.parametrize("design", DESIGNS)
-def test_time_and_class_matter_and_have_gradients(design):
-    model = awake(tiny(design))
+@ablations
+def test_time_and_class_matter_and_every_parameter_has_a_gradient(changes):
+    model = awake(tiny(**changes))
     x, t, y = inputs()
     out = model(x, t, y)
     assert (model(x, t + 1, y) - out).abs().amax((1, 2, 3)).min() > 1e-5
@@ -121,9 +153,9 @@ def test_cross_attention_sees_time_and_class_alone():
     torch.testing.assert_close(block.cross(x, c), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("design", DESIGNS)
-def test_overfits_one_batch(design):
-    model = tiny(design, hidden_size=64, depth=2)
+@ablations
+def test_overfits_one_batch(changes):
+    model = tiny(**changes, hidden_size=64)
     process = GaussianDiffusion()
     x0, t, y = inputs()
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(3))
@@ -139,9 +171,9 @@ def test_overfits_one_batch(design):
     assert losses[-1] < 0.02
 
 
-@pytest.mark.parametrize("design", DESIGNS)
-def test_our_formats_keep_every_design(design, tmp_path):
-    model = awake(tiny(design))
+@ablations
+def test_our_formats_keep_every_ablation(changes, tmp_path):
+    model = awake(tiny(**changes))
     contents = contents_of(model)
     write_training(contents, tmp_path / "x.ckpt")
     write_safetensors(contents, tmp_path / "x.safetensors")
@@ -149,16 +181,16 @@ def test_our_formats_keep_every_design(design, tmp_path):
     for name in ("x.ckpt", "x.safetensors", "bare.pt"):
         sizes = dict(num_heads=2, input_size=4, in_channels=2) if name == "bare.pt" else {}
         loaded = checkpoints.load(str(tmp_path / name), **sizes).denoiser
-        assert loaded.conditioning == design
+        assert {name: loaded.config[name] for name in changes} == changes
         assert torch.equal(loaded(*inputs()), model(*inputs()))
 
 
 @pytest.mark.parametrize("design", OTHERS)
 def test_formats_of_others_refuse_them(design, tmp_path):
-    for write in (write_released, write_transformer):
-        with pytest.raises(
-            InputError, match=rf"adaLN-Zero only, and this DiT's conditioning is {design}: write a .ckpt"
-        ):
+    formats = {"the released format": write_released, "diffusers' DiTTransformer2DModel": write_transformer}
+    for name, write in formats.items():
+        message = f"{name} knows adaLN-Zero only, and this DiT's conditioning is {design}; write safetensors or a ckpt"
+        with pytest.raises(InputError, match=f"^{message}$"):
             write(contents_of(tiny(design)), tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
@@ -200,6 +232,15 @@ def test_recomputed_blocks_change_no_gradient(design, use_checkpoint, expected):
     assert torch.equal(found, gradients(False)[1])
     if use_checkpoint == 2:
         assert sorted(calls[4:]) == [1, 3]  # spread over the depth
+
+
+@pytest.mark.parametrize(("given", "expected"), [("true", True), ("false", False), ("1", 1), ("3", 3)])
+def test_the_command_line_tells_all_blocks_from_one(given, expected):
+    parser = ArgumentParser()
+    parser.add_class_arguments(DiT, "denoiser")
+    found = parser.parse_args([f"--denoiser.use_checkpoint={given}"]).denoiser.use_checkpoint
+    assert found is expected
+    assert len(tiny(depth=4, use_checkpoint=found).recomputed) == (4 if expected is True else int(expected))
 
 
 def test_only_so_many_blocks_can_be_recomputed():

@@ -47,7 +47,7 @@ def test_every_configuration_builds(cli, config):
     header = config.read_text().split("\n\n")[0]
     name = shipped_name(config)
     base = re.search(rf"--config (\S+) --config {re.escape(name)}", header)
-    words = ("Command", "Expect") if base else ("Reproduces", "Command", "Hardware", "Expect")
+    words = ("Command", "Expect") if name.startswith("scaling/") else ("Reproduces", "Command", "Hardware", "Expect")
     assert all(word in header for word in words)
     given = [word for file in ([base[1]] if base else []) + [name] for word in ("--config", file)]
     built = cli("fit", *given, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
@@ -63,6 +63,32 @@ def test_every_configuration_builds(cli, config):
         assert built.model.label_dropout == 0.1 and built.trainer.gradient_clip_val is None
         assert built.datamodule.global_batch_size == 256 and built.datamodule.flip
         assert yaml.safe_load(config.read_text())["trainer"]["precision"] == "bf16-mixed"
+
+
+@pytest.mark.parametrize(
+    "name, changed",
+    [
+        ("conditioning_in_context", dict(conditioning="in_context")),
+        ("conditioning_cross_attention", dict(conditioning="cross_attention")),
+        ("conditioning_adaln", dict(conditioning="adaln")),
+        ("positions_learned", dict(positions="learned")),
+        ("patch_4", dict(variant="DiT-XL/4", patch_size=4)),
+        ("patch_8", dict(variant="DiT-XL/8", patch_size=8)),
+        ("epsilon_only", dict(learn_sigma=False)),
+    ],
+)
+def test_an_ablation_changes_one_thing_of_the_paper_s_recipe(cli, name, changed):
+    assert len(list((ROOT / "configs" / "ablations").iterdir())) == 7
+    paper, ablation = (
+        cli("fit", "--config", "xl2.yaml", *more, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
+        for more in ((), ("--config", f"ablations/{name}.yaml"))
+    )
+    assert ablation.model.denoiser.config == paper.model.denoiser.config | changed
+    assert ablation.model.process.config == paper.model.process.config
+    settings = [built.config.fit.as_dict() for built in (paper, ablation)]
+    for setting in settings:
+        setting["model"].pop("denoiser"), setting["trainer"].pop("default_root_dir"), setting.pop("config")
+    assert settings[0] == settings[1]
 
 
 def test_seed_reaches_module_and_data(cli):

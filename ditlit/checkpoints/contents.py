@@ -112,19 +112,19 @@ def check_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], wh
             raise InputError(f"{where} has {key!r} with shape {tuple(value.shape)}, which this model does not hold")
 
 
-def as_dit(contents: Contents) -> DiT:
-    """The denoiser without memory for its weights, where it is a DiT.
+def as_dit(contents: Contents, format: str) -> DiT:
+    """The denoiser without memory for its weights, where it is a DiT that another project's format can hold.
 
     Raises:
-        InputError: for another denoiser or conditioning, which other projects' formats cannot hold.
+        InputError: for another denoiser or conditioning.
     """
     denoiser = skeleton(contents.denoiser)
     if type(denoiser) is not DiT:
-        raise InputError(f"only a DiT can be written in this format, not {contents.denoiser['class_path']}")
+        raise InputError(f"{format} holds a DiT only, not a {contents.denoiser['class_path']}")
     if denoiser.conditioning != "adaln_zero":
         raise InputError(
-            f"this format knows adaLN-Zero only, and this DiT's conditioning is {denoiser.conditioning}: write a .ckpt "
-            "or .safetensors file"
+            f"{format} knows adaLN-Zero only, and this DiT's conditioning is {denoiser.conditioning}; "
+            "write safetensors or a ckpt"
         )
     return denoiser
 

@@ -118,7 +118,7 @@ def write_transformer(contents: Contents, folder: Path) -> float:
     Raises:
         InputError: for what diffusers' class cannot hold.
     """
-    model = as_dit(contents)
+    model = as_dit(contents, "diffusers' DiTTransformer2DModel")
     config = contents.config
     height, width = model.input_size
     if height != width:

@@ -120,7 +120,7 @@ def write_released(contents: Contents, path: Path) -> None:
     Raises:
         InputError: for what the released format cannot hold.
     """
-    model = as_dit(contents)
+    model = as_dit(contents, "the released format")
     height, width = model.input_size
     if height != width:
         raise InputError(

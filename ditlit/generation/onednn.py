@@ -44,6 +44,6 @@ class FusedMLP(nn.Module):
 def fuse(denoiser: nn.Module) -> None:
     """Replace the layers of a DiT's blocks, in place; for inference only."""
     for block in denoiser.modules():
-        if isinstance(block, tuple(kind for kind, _ in DESIGNS.values())):
+        if isinstance(block, tuple(design.block for design in DESIGNS.values())):
             block.attn.qkv, block.attn.out = FusedLinear(block.attn.qkv), FusedLinear(block.attn.out)
             block.mlp = FusedMLP(block.mlp)

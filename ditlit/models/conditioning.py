@@ -1,16 +1,21 @@
 """The paper's other ways of telling a block about timestep and class (Peebles & Xie 2023, section 3.2 and figure 3).
 
-adaLN-Zero, which the paper recommends, is :class:`~ditlit.models.blocks.AdaLNZeroBlock`. How these are built follows
-from the paper's counts for DiT-XL/2 at 400K steps, in multiply-adds, parameters and FID:
+adaLN-Zero, which the paper recommends, is :class:`~ditlit.models.blocks.AdaLNZeroBlock`. Where the paper's text leaves
+a detail open, its counts for DiT-XL/2 decide (multiply-adds, parameters, FID after 400K steps; ours behind the arrow):
 
-    in-context       119.37 G  449 M  35.24    two tokens more in every block, a plain final norm
-    cross-attention  137.62 G  598 M  26.14    four D x D projections a block, without a norm of their own
-    adaLN            118.56 G  600 M  25.21    four modulation vectors a block, two at the end
-    adaLN-Zero       118.64 G  675 M  19.47    six, and two
+    in-context       119.37 G -> 119.371  449 M -> 449.2  35.24    two tokens more in every block
+    cross-attention  137.62 G -> 137.620  598 M -> 597.9  26.14    four more D x D projections a block
+    adaLN            118.56 G -> 118.564  600 M -> 600.5  25.21    four modulation vectors a block, two at the end
+    adaLN-Zero       118.64 G -> 118.638  675 M -> 674.8  19.47    six, and two
 
-A norm before the cross-attention would make 137.63 G, and a modulated final layer 2.7 M parameters more in the first
-two. Their norms have weights of their own, as in any transformer, since nothing modulates them.
+The final norm is modulated with the two adaLNs alone: modulation costs 2.7 M parameters, and would make 452 M and 601 M
+of the first two. Cross-attention reads the tokens without a norm of its own, which would make 137.63 G. What the counts
+cannot tell, biases and the weights of the norms that nothing modulates (0.1 M), is as in any vision transformer.
+Parameters are those that train: with the fixed position table adaLN would be 601 M.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +80,7 @@ class CrossAttentionBlock(nn.Module):
 class AdaLNBlock(nn.Module):
     """Attention and MLP, each with shift and scale regressed from the conditioning, and no gates.
 
-    The paper does not say how its modulation starts; here as every other linear layer, and not at zero.
+    ``modulation`` starts as every other linear layer: zeros are what adaLN-Zero adds.
     """
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, dropout: float):
@@ -105,27 +110,39 @@ class PlainFinalLayer(nn.Module):
         return self.linear(self.norm(x))  # (N, T, p*p*C)
 
 
-# Block and final layer of each design.
-DESIGNS = {
-    "in_context": (InContextBlock, PlainFinalLayer),
-    "cross_attention": (CrossAttentionBlock, PlainFinalLayer),
-    "adaln": (AdaLNBlock, FinalLayer),
-    "adaln_zero": (AdaLNZeroBlock, FinalLayer),
-}
+def appended(x: Tensor, time: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """The embeddings (N, D) as two tokens behind those of the picture, (N, T+2, D)."""
+    c = torch.stack([time, label], 1)  # (N, 2, D)
+    return torch.cat([x, c.to(x.dtype)], 1), c
 
 
-def conditioned(design: str, x: Tensor, time: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens and the conditioning that the blocks of a design take.
+def apart(x: Tensor, time: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """The embeddings (N, D) as a sequence of their own, (N, 2, D)."""
+    return x, torch.stack([time, label], 1)
+
+
+def summed(x: Tensor, time: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """The embeddings (N, D) as one vector, through the SiLU that stands before every modulation."""
+    return x, F.silu(time + label)
+
+
+class Design(NamedTuple):
+    """One way of conditioning.
 
     Args:
-        design: of :data:`DESIGNS`.
-        x: (N, T, D) tokens of the picture.
-        time, label: their embeddings, each (N, D).
-
-    Returns:
-        Tokens (N, T, D), or (N, T+2, D) in context; and c, (N, 2, D) for tokens to attend to, else (N, D).
+        block: class of the blocks; they map tokens (N, T, D) and conditioning c to tokens.
+        final: class of the final layer, of the same arguments.
+        enter: makes tokens and c of the picture's tokens (N, T, D) and the embeddings (N, D) of timestep and class.
     """
-    if design.startswith("adaln"):
-        return x, F.silu(time + label)
-    c = torch.stack([time, label], 1)  # (N, 2, D)
-    return (torch.cat([x, c.to(x.dtype)], 1) if design == "in_context" else x), c
+
+    block: type[nn.Module]
+    final: type[nn.Module]
+    enter: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+DESIGNS = {
+    "in_context": Design(InContextBlock, PlainFinalLayer, appended),
+    "cross_attention": Design(CrossAttentionBlock, PlainFinalLayer, apart),
+    "adaln": Design(AdaLNBlock, FinalLayer, summed),
+    "adaln_zero": Design(AdaLNZeroBlock, FinalLayer, summed),
+}

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ditlit.errors import InputError
 from ditlit.models.blocks import AdaLNZeroBlock, FinalLayer
-from ditlit.models.conditioning import DESIGNS, conditioned
+from ditlit.models.conditioning import DESIGNS
 from ditlit.models.embeddings import TimestepEmbedding, patchify, sincos_positions, unpatchify
 
 # The paper's table 1; every size comes with patch sizes 8, 4 and 2.
@@ -42,7 +42,8 @@ class DiT(nn.Module):
         dropout: of attention weights and MLP activations, in training mode. The paper uses none.
         use_checkpoint: recompute blocks in the backward pass instead of storing their activations: all of them, or so
             many, spread evenly over the depth.
-        conditioning: how blocks know timestep and class; the paper's four designs.
+        conditioning: how blocks know timestep and class, the paper's four designs: as two tokens in context, through
+            cross-attention, or through norms whose shift and scale depend on them, without or with gates.
 
     Raises:
         InputError: for an unknown variant or sizes that do not fit together.
@@ -103,7 +104,7 @@ class DiT(nn.Module):
             self.pos_embed = nn.Parameter(torch.empty(tokens, width))
         self.time_embed = TimestepEmbedding(width)
         self.label_embed = nn.Embedding(num_classes + 1, width)
-        Block, Final = DESIGNS[conditioning]
+        Block, Final, self.enter = DESIGNS[conditioning]
         self.blocks = nn.ModuleList(Block(width, sizes["num_heads"], mlp_ratio, dropout) for _ in range(sizes["depth"]))
         self.final = Final(width, self.patch_size**2 * self.out_channels)
         self.initialize()
@@ -133,7 +134,7 @@ class DiT(nn.Module):
         x = patchify(x_t, self.patch_size).to(self.patch_embed.weight.dtype)  # (N, T, C*p*p)
         x = self.patch_embed(x) + self.pos_embed  # (N, T, D)
         tokens = x.shape[1]
-        x, c = conditioned(self.conditioning, x, self.time_embed(t), self.label_embed(y))
+        x, c = self.enter(x, self.time_embed(t), self.label_embed(y))  # in context (N, T+2, D)
         for number, block in enumerate(self.blocks):
             if number in self.recomputed and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, use_reentrant=False)  # (N, T, D)
@@ -162,7 +163,10 @@ def check_sizes(input_size: tuple[int, int], width: int, num_heads: int, patch_s
 
 
 def num_parameters(model: DiT) -> int:
-    """Number of parameters as the paper counts them: with the frozen position table."""
+    """Number of parameters as the released code counts them: with the fixed position table.
+
+    The paper's numbers in millions are the same without it, and its 600 M of adaLN only without it.
+    """
     frozen = 0 if isinstance(model.pos_embed, nn.Parameter) else model.pos_embed.numel()
     return sum(p.numel() for p in model.parameters()) + frozen
 
