@@ -19,6 +19,7 @@ from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.diffusion.sampling import sample_generators
 from ditlit.errors import InputError
 from ditlit.models import DiT, probes
+from ditlit.models.conditioning import DESIGNS
 from ditlit.pictures import to_uint8
 
 SIZES = dict(input_size=8, in_channels=4, num_classes=7, hidden_size=48, num_heads=4, depth=3, patch_size=2)
@@ -32,12 +33,14 @@ def noisy(n=3, seed=0):
 # Attention and activations --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("conditioning", DESIGNS)
 @pytest.mark.parametrize("block", [0, -1])
-def test_attention_maps_times_values_are_what_attention_gives(block):
-    model = scrambled(depth=3)
+def test_attention_maps_times_values_are_what_attention_gives(block, conditioning):
+    model = scrambled(depth=3, conditioning=conditioning)
     maps = analysis.attention_maps(model, noisy(), T, Y, block)
-    assert maps.shape == (3, 4, 16, 16)
-    torch.testing.assert_close(maps.sum(-1), torch.ones(3, 4, 16), rtol=1e-6, atol=1e-6)
+    tokens = 18 if conditioning == "in_context" else 16
+    assert maps.shape == (3, 4, tokens, tokens)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(3, 4, tokens), rtol=1e-6, atol=1e-6)
     values, given = {}, {}
     with (
         torch.no_grad(),
@@ -62,8 +65,11 @@ def test_attended_distance_of_heads_that_look_at_known_places():
     distances = analysis.attended_distance(torch.stack([at_itself, left_to_right, corner])[None], (2, 3))
     to_corner = (0 + 1 + 2 + 1 + 2**0.5 + 5**0.5) / 6
     torch.testing.assert_close(distances[0], torch.tensor([0, 8 / 6, to_corner]), rtol=1e-5, atol=1e-5)
-    with pytest.raises(InputError, match="maps of 6 tokens are not those of 2x2 patches"):
-        analysis.attended_distance(at_itself[None, None], (2, 2))
+    with_others = torch.zeros(8, 8)
+    with_others[:6, :6], with_others[:6, 6:] = 0.5 * corner, 0.25
+    torch.testing.assert_close(analysis.attended_distance(with_others[None, None], (2, 3))[0, 0], distances[0, 2])
+    with pytest.raises(InputError, match="maps of 6 tokens are not those of a picture of 3x3 patches"):
+        analysis.attended_distance(at_itself[None, None], (3, 3))
 
 
 def test_sizes_are_those_of_the_tokens_and_logits():
@@ -118,11 +124,13 @@ def test_a_block_with_one_open_gate_changes_the_tokens_by_its_branch():
     assert not changes[0].any() and not changes[2].any()
 
 
-def test_a_design_without_gates_is_told_so():
-    model = DiT(**SIZES)
-    model.blocks[1] = nn.Identity()
-    with pytest.raises(InputError, match="gates belong to adaLN-Zero, and this denoiser's Identity has none"):
+@pytest.mark.parametrize("design", ["in_context", "cross_attention", "adaln"])
+def test_a_design_without_gates_is_told_so_and_its_blocks_are_not_the_identity(design):
+    model = DiT(**SIZES, conditioning=design)
+    block = type(model.blocks[0]).__name__
+    with pytest.raises(InputError, match=f"gates belong to adaLN-Zero, and this denoiser's {block} has none"):
         analysis.gate_values(model, T, Y)
+    assert (analysis.block_changes(model, noisy(), T, Y) > 0.1).all()
 
 
 # Weights and labels ---------------------------------------------------------------------------------------------------
