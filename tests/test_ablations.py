@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditlit import checkpoints
-from ditlit.checkpoints.contents import Contents, describe
+from ditlit.checkpoints.contents import Contents, describe, variant_name
 from ditlit.checkpoints.diffusers_folders import write_transformer
 from ditlit.checkpoints.safetensors_files import write_safetensors
 from ditlit.checkpoints.torch_files import write_released, write_training
@@ -193,6 +193,15 @@ def test_formats_of_others_refuse_them(design, tmp_path):
         with pytest.raises(InputError, match=f"^{message}$"):
             write(contents_of(tiny(design)), tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_names_tell_the_design_where_it_is_not_the_paper_s_choice():
+    with torch.device("meta"):
+        names = [variant_name(DiT("DiT-S/2", conditioning=design).config) for design in ("adaln", "adaln_zero")]
+    assert names == ["DiT-S/2, conditioning adaln", "DiT-S/2"]
+    sizes = "depth 2, hidden_size 16, num_heads 2, patch_size 2"
+    assert variant_name(tiny("in_context").config) == f"{sizes}, conditioning in_context"
+    assert variant_name(dict(depth=3)) == "depth 3"
 
 
 def test_starting_from_another_design_is_refused():

@@ -130,9 +130,11 @@ def as_dit(contents: Contents, format: str) -> DiT:
 
 
 def variant_name(config: dict[str, Any]) -> str:
-    """The paper's name for a denoiser's sizes, or the sizes."""
+    """The paper's name for a denoiser's sizes, or the sizes; and its conditioning, unless that is adaLN-Zero."""
+    names = ("depth", "hidden_size", "num_heads", "patch_size")
+    told = [f"{name} {config[name]}" for name in names if name in config]
     for name, sizes in VARIANTS.items():
         if all(config.get(key) == value for key, value in sizes.items()):
-            return name
-    names = ("depth", "hidden_size", "num_heads", "patch_size")
-    return ", ".join(f"{name} {config[name]}" for name in names if name in config)
+            told = [name]
+    design = config.get("conditioning", "adaln_zero")
+    return ", ".join(told + ([f"conditioning {design}"] if design != "adaln_zero" else []))
