@@ -210,14 +210,14 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path, store):
     assert message in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_what_cannot_be_sharded_is_refused(make_module, make_trainer, datamodule):
+def test_what_cannot_be_sharded_is_refused(make_module, make_trainer):
     for strategy in (ModelParallelStrategy(), FSDPStrategy()):
         with pytest.raises(
             InputError, match=f"{type(strategy).__name__} is not supported: use --trainer.strategy fsdp2"
         ):
             split(make_module().denoiser, strategy)
     with pytest.raises(InputError, match=r"does not train with trainer.precision 64-true; choose one of 32-true"):
-        make_trainer(strategy="fsdp2", precision="64-true").fit(make_module(), datamodule)
+        make_trainer(strategy="fsdp2", precision="64-true").strategy.setup_environment()
 
 
 def test_ddp_is_set_up_for_a_dit_unless_the_user_chose(make_module, make_trainer):
