@@ -189,6 +189,11 @@ class DitlitCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse to write over an old run, or where nothing can be written; a requeued SLURM job continues."""
+        if self.trainer.overfit_batches:
+            raise InputError(
+                "trainer.overfit_batches would replace the order of the samples, by which a run is continued; train on a "
+                "small store instead"
+            )
         if not self.trainer.fast_dev_run and not self._is_remote():
             check_writable(Path(self.trainer.default_root_dir))
         if self._get(self.config_init, "ckpt_path") is not None or self.trainer.fast_dev_run:

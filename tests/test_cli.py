@@ -156,6 +156,11 @@ def test_a_run_is_not_written_over(tmp_path):
     assert (tmp_path / "runs/digits/checkpoints/last.ckpt").read_bytes() == b"precious"
 
 
+def test_overfitting_by_lightning_is_refused(tmp_path):
+    result = ditlit("fit", "--config", "digits.yaml", "--trainer.overfit_batches", "1", cwd=tmp_path)
+    assert result.returncode == 2 and "train on a small store instead" in result.stderr
+
+
 def test_fit_then_validate_and_predict(tmp_path):
     """The quickstart's path, shortened: the commands hand over to each other through the run's folder."""
     config = yaml.safe_load((ROOT / "configs" / "digits.yaml").read_text())

@@ -78,7 +78,7 @@ def model_facts(denoiser: Any) -> dict[str, str]:
     trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     facts = {"class": class_of(denoiser).__name__, "trained parameters": f"{trained:,}"}
     if isinstance(denoiser, DiT):
-        facts["parameters"] = f"{num_parameters(denoiser):,} (with the position table, as in the paper)"
+        facts["parameters"] = f"{num_parameters(denoiser):,} (with the position table)"
         facts["multiply-adds"] = f"{macs(denoiser) / 1e9:.4g} G a sample and forward pass"
         facts["tokens"] = f"{denoiser.grid[0]} x {denoiser.grid[1]}"
     return facts | {name: str(value) for name, value in getattr(denoiser, "config", {}).items()}
