@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from ditlit.data import LatentDataModule
 from ditlit.errors import InputError
 from ditlit.training import CheckpointFiles, DiTModule, Heartbeat, Interrupted, StopOnSignal
-from ditlit.training.checkpoint_files import newest_complete
+from ditlit.training.checkpoint_files import newest_complete, set_aside
 from ditlit.training.curves import RunLogger
 from ditlit.training.devices import launched, prepare_ddp
 from ditlit.training.nonfinite import Diverged
@@ -191,8 +191,8 @@ class DitlitCLI(LightningCLI):
         """Refuse to write over an old run, or where nothing can be written; a requeued SLURM job continues."""
         if self.trainer.overfit_batches:
             raise InputError(
-                "trainer.overfit_batches would replace the order of the samples, by which a run is continued; train on a "
-                "small store instead"
+                "trainer.overfit_batches would replace the order of the samples, by which a run is continued; train on "
+                "a small store instead"
             )
         if not self.trainer.fast_dev_run and not self._is_remote():
             check_writable(Path(self.trainer.default_root_dir))
@@ -233,6 +233,8 @@ class DitlitCLI(LightningCLI):
             path, step, damaged = found
             for other in damaged:
                 rank_zero_info(f"{other} is damaged and passed over.")
+            if subcommand == "fit" and self.trainer.is_global_zero:
+                set_aside(damaged)
             rank_zero_info(f"Continuing from {path}, step {step}, the newest whole checkpoint.")
             kwargs["ckpt_path"] = str(path)
         elif subcommand == "fit":

@@ -17,7 +17,7 @@ from test_resume import assert_same
 
 from ditlit.errors import InputError
 from ditlit.training import CheckpointFiles
-from ditlit.training.checkpoint_files import is_intact, newest_complete, step_of, write
+from ditlit.training.checkpoint_files import is_intact, newest_complete, set_aside, step_of, write
 
 
 def checkpoint(step, size=1000):
@@ -58,6 +58,25 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path, damage):
     with pytest.raises(InputError, match=r"no checkpoint of this run is whole \(.*last.ckpt.*start again"):
         newest_complete([tmp_path])
     assert newest_complete([tmp_path / "nowhere"]) is None
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(tmp_path):
+    """Damaged, continued from the one before, and damaged again before the second save since."""
+    path = tmp_path / "last.ckpt"
+
+    def save(step):
+        write({"global_step": step, "weights": torch.arange(1000)}, path)
+
+    save(10)
+    save(20)
+    for step in (13, 16):
+        path.write_bytes(path.read_bytes()[:700])
+        found, at, damaged = newest_complete([tmp_path])
+        assert (found.name, at, damaged) == ("last-previous.ckpt", 10, [path])
+        set_aside(damaged)
+        assert path.with_name("last.ckpt.damaged").is_file()
+        save(step)
+    assert newest_complete([tmp_path]) == (path, 16, [])
 
 
 def test_every_flipped_byte_of_the_weights_is_noticed(tmp_path):

@@ -139,7 +139,7 @@ def test_one_rank_is_told_to_stop_and_the_newest_checkpoint_is_damaged(tmp_path,
     os.truncate(last, last.stat().st_size - 1000)
     assert fit(broken, store, 2, resume=True) == 0, (broken / "log.txt").read_text()
     log = (broken / "log.txt").read_text()
-    assert f"{last} is damaged and passed over" in log
+    assert f"{last} is damaged and passed over" in log and Path(f"{last}.damaged").is_file()
     assert f"Continuing from {last.with_name('last-previous.ckpt')}, step 8, the newest whole checkpoint" in log
     checkpoints = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (whole, broken)]
     assert checkpoints[0]["global_step"] == checkpoints[1]["global_step"] == 12

@@ -17,6 +17,7 @@ from ditlit.checkpoints.torch_files import plain_data
 from ditlit.errors import InputError
 
 PREVIOUS = "-previous"  # last.ckpt is kept as last-previous.ckpt when it is overwritten
+DAMAGED = ".damaged"  # behind the name of a checkpoint that a continued run found broken
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -115,8 +116,9 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         OSError: where the disk is full or cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed while saving
-        abandoned.unlink(missing_ok=True)
+    for name in (path.name, previous_of(path).name):
+        for abandoned in path.parent.glob(f".{name}.*.tmp"):  # of a run that was killed while saving
+            abandoned.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -158,10 +160,14 @@ class Writer:
             raise
 
 
+def previous_of(path: Path) -> Path:
+    return path.with_name(path.stem + PREVIOUS + path.suffix)
+
+
 def keep_previous(path: Path) -> None:
     if not path.is_file():
         return
-    previous = path.with_name(path.stem + PREVIOUS + path.suffix)
+    previous = previous_of(path)
     link = path.with_name(f".{previous.name}.{os.getpid()}.tmp")
     link.unlink(missing_ok=True)
     try:
@@ -207,6 +213,13 @@ def newest_complete(folders: list[Path], at_most: int | None = None) -> tuple[Pa
         names = ", ".join(map(str, damaged))
         raise InputError(f"no checkpoint of this run is whole ({names}); start again in another folder")
     return None
+
+
+def set_aside(damaged: list[Path]) -> None:
+    """Rename damaged checkpoints, so that the next save does not keep one of them in the place of a whole one."""
+    for path in damaged:
+        with contextlib.suppress(OSError):
+            path.rename(path.with_name(path.name + DAMAGED))
 
 
 def step_of(path: Path) -> int:
