@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ditlit import __version__, checkpoints
+from ditlit.analysis.opening import other_weights
 from ditlit.checkpoints import Loaded, describe
 from ditlit.data.folders import write_atomically
 from ditlit.data.store import LatentStore, per_channel
@@ -65,7 +66,7 @@ def evaluate_loss(
             f"{store} has {latents.manifest.num_classes} classes, {ckpt} is built for {loaded.denoiser.num_classes}"
         )
     device = Fabric(accelerator=accelerator, devices=1).device
-    raw = raw_weights(ckpt, loaded)
+    raw = other_weights(ckpt, loaded)
     average = None if raw is None else compare_weights(loaded, raw)
     rows = torch.linspace(0, len(latents) - 1, min(num_samples, len(latents))).round().long().repeat(draws)
     losses, known = compute(loaded, raw, latents, rows, batch_size, seed, device)
@@ -76,17 +77,6 @@ def evaluate_loss(
     print("\n".join(["", "What is off:", *(f"- {text}" for text in found)]) if found else "\nNothing is off.")
     if out is not None:
         write_atomically(Path(out), json.dumps(record(loaded, losses, edges, found, store, seed), indent=1).encode())
-
-
-def raw_weights(ckpt: str, loaded: Loaded) -> Loaded | None:
-    """The weights that the optimizer held, where a checkpoint has them beside their average."""
-    if loaded.weights != "ema":
-        return None
-    try:
-        raw = checkpoints.load(ckpt, "raw")
-    except InputError:  # it holds the average only
-        return None
-    return raw if raw.weights == "raw" else None
 
 
 def compare_weights(loaded: Loaded, raw: Loaded) -> Average:
