@@ -132,6 +132,17 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, save):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last-previous.ckpt", "last.ckpt"]  # leftovers are gone
 
 
+def test_a_save_that_was_killed_before_its_last_step_is_followed_by_a_clean_one(tmp_path):
+    """Killed between keeping the old file under its second name and putting the new one in its place."""
+    for step in (1, 2):
+        write(checkpoint(step), tmp_path / "last.ckpt")
+    (tmp_path / "last-previous.ckpt").unlink()
+    os.link(tmp_path / "last.ckpt", tmp_path / "last-previous.ckpt")
+    write(checkpoint(3), tmp_path / "last.ckpt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last-previous.ckpt", "last.ckpt"]
+    assert [step_of(p) for p in sorted(tmp_path.iterdir())] == [2, 3]
+
+
 def test_a_full_disk_costs_one_line_and_no_checkpoint(tmp_path):
     """A limit on the size of files stands for the full disk: writing fails midway."""
     script = f"""

@@ -175,6 +175,8 @@ def keep_previous(path: Path) -> None:
         os.replace(link, previous)
     except OSError:  # a file system without hard links
         os.replace(path, previous)
+    finally:
+        link.unlink(missing_ok=True)  # renaming does nothing where a killed save has left both names for one file
 
 
 def sync_folder(folder: Path) -> None:
