@@ -59,6 +59,21 @@ def main() -> None:
     except InputError as error:
         print(f"\nditlit: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit:  # all ranks stop: a signal, or a run that diverged
+        leave_ranks()
+        raise
+    leave_ranks()
+
+
+def leave_ranks() -> None:
+    """End the communication with the other ranks, of a command that all of them have come to the end of.
+
+    A thread of gloo may still hold a tensor of its last message. It would abort the process, and with it a finished
+    job, if it let go of it while Python ends.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def joined(words: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -28,6 +29,17 @@ class RecordNorms(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             with open(self.folder / f"norms{trainer.global_rank}.txt", "a") as file:
                 file.write(f"{pl_module.grad_norm.item()}\n")
+
+
+class SignalAt(Callback):
+    """Sends one rank's process a SIGTERM after a step."""
+
+    def __init__(self, step: int, rank: int):
+        self.step, self.rank = step, rank
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
+            signal.raise_signal(signal.SIGTERM)
 
 
 class Poison(Callback):
@@ -78,7 +90,11 @@ def command(words: list[str], environment: dict[str, str], folder: Path) -> None
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = ["ditlit", *words]
-    main()
+    try:
+        main()
+    finally:
+        threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]  # of Linux only
+        (folder / f"threads{environment.get('RANK', 0)}.txt").write_text("\n".join(threads))
 
 
 def run(ranks: int, words: list[str], folder: Path, launcher: Callable = torchrun) -> list[int]:

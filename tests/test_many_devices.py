@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,18 @@ def test_srun_starts_the_same_run(tmp_path, store, one):
     status = run(2, ["fit", "--config", str(config)], tmp_path / "run", launcher=srun)
     assert status == [0, 0], (tmp_path / "run" / "log.txt").read_text()
     assert_close(tmp_path / "run", one)
+
+
+@pytest.mark.parametrize(("stop", "status"), [(None, [0, 0]), (dict(step=4, rank=1), [128 + signal.SIGTERM, 0])])
+def test_no_thread_of_the_communication_outlives_a_command(tmp_path, store, stop, status):
+    """It would now and then abort a process that ends, and torchrun would report a finished run as failed."""
+    callbacks = [{"class_path": "ranks.SignalAt", "init_args": stop}] if stop else []
+    config = write_config(tmp_path, store, "ddp", callbacks=callbacks)
+    assert run(2, ["fit", "--config", str(config)], tmp_path) == status, (tmp_path / "log.txt").read_text()
+    for file in tmp_path.glob("threads*.txt"):
+        threads = file.read_text()
+        assert "python" in threads and "gloo" not in threads
+    assert len(list(tmp_path.glob("threads*.txt"))) == 2
 
 
 # Steps that are skipped ----------------------------------------------------------------------------------------------

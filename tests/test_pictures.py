@@ -77,30 +77,6 @@ def test_drawing_does_not_disturb_training(make_module, make_trainer, pixels):
         assert torch.equal(a, b)
 
 
-def test_two_processes_train_and_draw_as_one(make_module, make_trainer, pixels, tmp_path):
-    grids, weights = [], []
-    initial = [p.detach().clone() for p in make_module().denoiser.parameters()]
-    for devices in (1, 2):
-        root = tmp_path / str(devices)
-        strategy = "ddp_spawn" if devices == 2 else "auto"
-        module = make_module(optimizer=sgd)
-        datamodule = LatentDataModule(pixels.store, global_batch_size=8)
-        make_trainer(
-            default_root_dir=root, devices=devices, strategy=strategy, max_steps=6,
-            callbacks=[SampleGrid(every_n_steps=6, per_class=1)],
-        ).fit(module, datamodule)  # fmt: skip
-        grids.append(grid(root / "samples" / "step-00000006.png").astype(int))
-        weights.append([p.detach().clone() for p in module.denoiser.parameters()])
-    moved = max((a - b).abs().max().item() for a, b in zip(weights[0], initial, strict=True))
-    apart = max((a - b).abs().max().item() for a, b in zip(*weights, strict=True))
-    assert moved > 0.02 and apart < 1e-4 * moved
-    assert np.abs(grids[0] - grids[1]).max() <= 1
-
-
-def sgd(params):
-    return torch.optim.SGD(params, lr=1.0)
-
-
 def test_prediction_writes_one_file_a_sample(make_module, make_trainer, pixels, tmp_path):
     make_trainer(callbacks=[SampleGrid()]).predict(make_module(), pixels)
     names = sorted(f.name for f in (tmp_path / "predictions").iterdir())
