@@ -122,7 +122,7 @@ def test_a_broken_image_ends_all_processes_with_one_message(data, tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     result = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert result.returncode != 0
     assert "refused: broken/0033.png cannot be decoded" in result.stderr

@@ -13,6 +13,8 @@ from test_resume import start
 
 from ditlit.training.heartbeat import Pulse
 
+PATIENCE = 0.8  # seconds; a busy machine may well hold up a thread for a third of one
+
 
 @pytest.fixture
 def ranks():
@@ -25,7 +27,7 @@ def ranks():
     pulses = []
     for rank in range(3):
         client = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=1))
-        times = dict(interval=0.02, patience=0.3, grace=0.1)
+        times = dict(interval=0.02, patience=PATIENCE, grace=0.1)
         pulses.append(Pulse(client, rank, 3, said[rank].append, **times))
     for pulse in pulses:
         pulse.start()
@@ -40,12 +42,18 @@ def die(pulse):
     pulse._ended.set()
 
 
+def wait_for(said, expected):
+    deadline = time.monotonic() + 20
+    while said != expected and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert said == expected
+
+
 def test_the_living_are_left_alone_and_may_end_at_different_times(ranks):
     pulses, said = ranks
-    time.sleep(0.5)
     for pulse in (pulses[2], pulses[1], pulses[0]):
+        time.sleep(PATIENCE + 0.2)
         pulse.end()
-        time.sleep(0.4)
     assert said == [[], [], []]
 
 
@@ -54,17 +62,15 @@ def test_the_dead_rank_is_named_by_all_others(ranks, dead):
     pulses, said = ranks
     time.sleep(0.1)
     die(pulses[dead])
-    time.sleep(0.8)
-    expected = [f"rank {dead} is gone: no sign of life for 0 seconds"]
-    assert [words for rank, words in enumerate(said) if rank != dead] == [expected, expected]
+    gone = [f"rank {dead} is gone: no sign of life for 1 seconds"]
+    wait_for(said, [[] if rank == dead else gone for rank in range(3)])
 
 
 def test_a_rank_that_fails_says_why(ranks):
     pulses, said = ranks
     pulses[1].fail("InputError: shard-00003.safetensors is missing")
-    time.sleep(0.3)
-    expected = ["rank 1 failed (InputError: shard-00003.safetensors is missing)"]
-    assert said == [expected, [], expected]
+    failed = ["rank 1 failed (InputError: shard-00003.safetensors is missing)"]
+    wait_for(said, [failed, [], failed])
 
 
 def test_ranks_that_fail_together_end_with_their_own_messages(ranks):
