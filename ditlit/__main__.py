@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib import import_module
 
 from ditlit import __version__
@@ -30,8 +31,9 @@ See a recipe   ditlit fit --config xl2.yaml --print_config
 All settings   ditlit fit --help
 """
 
-# Commands that are a function whose keywords are the settings; the others are Lightning's.
+# Commands that are a function whose keywords are the settings.
 FUNCTIONS = ("encode", "sample", "evaluate", "evaluate sweep", "evaluate loss", "evaluate scaling", "convert")
+LIGHTNING = ("fit", "validate", "test", "predict")
 
 
 def main() -> None:
@@ -52,10 +54,14 @@ def main() -> None:
             from ditlit.benchmarking.cli import BenchmarkCLI
 
             BenchmarkCLI(sys.argv[2:]).benchmark()
-        else:
+        elif sys.argv[1] in LIGHTNING or sys.argv[1].startswith("-"):
             from ditlit.cli import DitlitCLI  # after the cheap answers: it imports torch
 
             DitlitCLI()
+        else:
+            near = get_close_matches(sys.argv[1], (*LIGHTNING, *FUNCTIONS, "benchmark"), 1)
+            meant = f"; did you mean {near[0]}?" if near else "."
+            raise InputError(f"there is no command {sys.argv[1]!r}{meant} All are shown by ditlit --help")
     except InputError as error:
         print(f"\nditlit: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,6 +13,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ditlit.data import LatentDataModule
@@ -88,6 +89,16 @@ def own_words(error: InputError) -> str:
     return text.rsplit("InputError: ", 1)[-1].strip() if text.startswith("Caught InputError in DataLoader") else text
 
 
+def mistake_in(error: ValueError) -> InputError:
+    """What a class says of its arguments, without what jsonargparse says around it of the setting's other types."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return cause
+        cause = cause.__cause__
+    return InputError(str(error))
+
+
 def format_warning(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
     """Warnings of this package as one line, those of others as ever."""
     if Path(__file__).parent in Path(filename).parents:
@@ -140,9 +151,13 @@ class DitlitCLI(LightningCLI):
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [StopOnSignal(), Heartbeat()]},
-            parser_kwargs={name: {"description": " ".join(text.split())} for name, text in DESCRIPTIONS.items()},
+            parser_kwargs={"prog": "ditlit"}
+            | {name: {"description": " ".join(text.split())} for name, text in DESCRIPTIONS.items()},
         )
-        super().__init__(DiTModule, LatentDataModule, args=args, **(settings | changes))
+        try:
+            super().__init__(DiTModule, LatentDataModule, args=args, **(settings | changes))
+        except MisconfigurationException as error:
+            raise InputError(str(error)) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -175,6 +190,12 @@ class DitlitCLI(LightningCLI):
             trainer.default_root_dir = "runs/default"
         # RunLogger below default_root_dir itself, not in a new lightning_logs/version_n each time.
         self._default_logger = trainer.logger is None or trainer.logger is True
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise mistake_in(error) from error
 
     def instantiate_trainer(self, **kwargs):
         settings = self._get(self.config_init, "trainer")

@@ -1,4 +1,4 @@
-"""The one exception for mistakes in what the user gave us."""
+"""The one exception for mistakes in what the user gave us, and the commonest of them."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,10 @@ class InputError(ValueError):
 
     Its message names the file or setting and the remedy; the command line shows it without a traceback.
     """
+
+
+def check_positive(**numbers: int | None) -> None:
+    """Raise InputError, with its name, for the first of the given numbers that is below 1."""
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be positive, got {value}")

@@ -160,7 +160,7 @@ def test_the_run_learns_the_same_to_the_bit_with_and_without(make_module, make_t
 
 
 def test_mistakes_stop_a_run_before_it_starts(make_module, make_trainer, datamodule):
-    with pytest.raises(InputError, match="every_n_steps of ActivationMaxima must be positive, got 0"):
+    with pytest.raises(InputError, match="every_n_steps must be positive, got 0"):
         ActivationMaxima(0)
     module = make_module()
     del module.denoiser.blocks

@@ -538,7 +538,7 @@ def test_the_store_must_fit_the_model_as_in_fit(make_build, store):
     ("args", "message"),
     [
         (["--warmup", "1"], "--warmup is 2 at least"),
-        (["--repeats", "0"], "--repeats is a positive number"),
+        (["--repeats", "0"], "repeats must be positive"),
         (["--plan", "soon"], "--plan is written like"),
         (["--plan", "1k steps, 3 GPUs"], "global_batch_size 8 does not divide evenly over 3 GPUs"),
         (["--out", "."], "is a folder"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from ditlit.__main__ import FUNCTIONS, command_parser, joined
+from ditlit.__main__ import FUNCTIONS, command_parser, joined, main
 from ditlit.benchmarking.cli import BenchmarkCLI
 from ditlit.cli import DitlitCLI, find_config, with_found_configs
 from ditlit.errors import InputError
@@ -146,6 +146,32 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
     assert result.returncode == 2
     assert "ditlit: error: there is no latent store at nowhere" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--data.global_batch_size", "0"], "^global_batch_size must be positive, got 0$"),
+        (["--model.sampling.num_steps", "2000"], "^num_steps must lie between 1 and 1000, got 2000$"),
+        (["--model.sampling.guidance_channels", "7"], "^cannot guide 7 channels of latents that have 1$"),
+        # Within a setting that has several types, or that Lightning checks
+        (["--model.ema.decay", "1.5"], r"^the decay of the EMA lies in \[0, 1\), got 1.5$"),
+        (["--model.denoiser.num_heads", "0"], "^num_heads must be positive, got 0$"),
+        (["--trainer.max_steps", "-5"], "max_steps.* must be a non-negative integer"),
+        (["--trainer.strategy", "nope"], "^You selected an invalid strategy name"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_anything_runs(cli, words, said):
+    with pytest.raises(InputError, match=said):
+        cli("fit", "--config", "digits.yaml", *words)
+
+
+def test_a_command_that_does_not_exist_is_named_with_the_nearest(monkeypatch, capsys):
+    for word, said in (("smaple", "'smaple'; did you mean sample?"), ("xyz", "'xyz'. All are shown by ditlit --help")):
+        monkeypatch.setattr(sys, "argv", ["ditlit", word])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2 and f"there is no command {said}" in capsys.readouterr().err
 
 
 def test_a_run_is_not_written_over(tmp_path):

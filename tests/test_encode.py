@@ -318,7 +318,7 @@ def test_mistakes(images, tiny, tmp_path):
         encode(images=str(images))
     with pytest.raises(InputError, match="cannot load the VAE 'nowhere'"):
         run(images, tmp_path / "s", "nowhere")
-    with pytest.raises(InputError, match="--batch_size must be positive, got 0"):
+    with pytest.raises(InputError, match="batch_size must be positive, got 0"):
         run(images, tmp_path / "s", tiny, batch_size=0)
     assert not (tmp_path / "s").exists()
     other = Autoencoder(tiny)

@@ -266,7 +266,7 @@ def test_bad_input_gets_one_clear_message(data, run, tmp_path, make, message):
         (dict(extractor="extractor.Nameless"), "extractor.Nameless is no extractor"),
         (dict(metrics="fid,psnr"), "--metrics takes fid, sfid, is, precision, recall, kid"),
         (dict(bootstrap=1), "--bootstrap needs at least 2 resamples"),
-        (dict(batch_size=0), "--batch_size must be positive"),
+        (dict(batch_size=0), "batch_size must be positive"),
     ],
 )
 def test_bad_settings_get_one_clear_message(data, run, settings, message):

@@ -149,5 +149,5 @@ def test_stores_that_do_not_fit_are_refused(trained, tmp_path):
     write_store(tmp_path / "b", torch.zeros(4, 1, 8, 8), torch.arange(4), 4)
     with pytest.raises(InputError, match=r"has 4 classes, .* is built for 10"):
         evaluate_loss(str(trained / "x.ckpt"), str(tmp_path / "b"), accelerator="cpu")
-    with pytest.raises(InputError, match="--draws is too small"):
+    with pytest.raises(InputError, match="draws must be positive, got"):
         evaluate_loss(str(trained / "x.ckpt"), str(tmp_path / "b"), draws=0)

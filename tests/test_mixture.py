@@ -179,7 +179,7 @@ def test_a_checkpoint_from_before_these_settings_continues(stores):
         (dict(classes=[4]), "has the classes 0..3, not 4"),
         (dict(classes=[]), "at least one class and none twice"),
         (dict(classes=[1, "goldfish"]), "at least one class and none twice"),
-        (dict(shuffle_window=0), "shuffle_window is a positive number of shards, got 0"),
+        (dict(shuffle_window=0), "shuffle_window must be positive, got 0"),
         (dict(store=[]), "names no store"),
     ],
 )

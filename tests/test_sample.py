@@ -257,7 +257,7 @@ def test_labels_of_many_samples():
 def test_mistakes(checkpoint, tmp_path, monkeypatch):
     for changes, message in (
         (dict(save="jpg"), "--save takes npz, latents, got 'jpg'"),
-        (dict(batch_size=0), "--batch_size is too small"),
+        (dict(batch_size=0), "batch_size must be positive"),
         (dict(sheet_scales="1,x"), "numbers separated by commas"),
         (dict(vae="some/vae"), "latents of this store are pixels"),
         (dict(num_steps=3000), "num_steps must lie between"),

@@ -30,7 +30,7 @@ from ditlit.benchmarking.training import (
 from ditlit.checkpoints.contents import variant_name
 from ditlit.data.folders import is_remote
 from ditlit.data.manifest import MANIFEST
-from ditlit.errors import InputError
+from ditlit.errors import InputError, check_positive
 from ditlit.models import DiT, macs, num_parameters
 from ditlit.training import DiTModule
 from ditlit.training.devices import PRECISIONS
@@ -67,8 +67,7 @@ class Settings:
     def __post_init__(self):
         if self.warmup < 2:
             raise InputError(f"--warmup is 2 at least, since the first step still makes room, got {self.warmup}")
-        if self.repeats < 1:
-            raise InputError(f"--repeats is a positive number of steps, got {self.repeats}")
+        check_positive(repeats=self.repeats)
 
 
 class Benchmark:

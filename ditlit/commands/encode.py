@@ -22,7 +22,7 @@ from ditlit.data.sources import ImageSource, open_images
 from ditlit.data.store import finish_store
 from ditlit.data.summary import summarize
 from ditlit.data.vae import Autoencoder
-from ditlit.errors import InputError
+from ditlit.errors import InputError, check_positive
 
 SETTINGS = "encode.json"  # how the store is made, written first: a rerun must continue with the same
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -88,9 +88,7 @@ def encode(
     for name, value in (("images", images), ("out", out), ("vae", vae)):
         if value is None:
             raise InputError(f"encode needs --{name}; see ditlit encode --help")
-    for name, value in (("image_size", image_size), ("batch_size", batch_size), ("shard_size", shard_size)):
-        if value < 1:
-            raise InputError(f"--{name} must be positive, got {value}")
+    check_positive(image_size=image_size, batch_size=batch_size, shard_size=shard_size)
     source = open_images(images, labels, within)
     folder = open_folder(out)
     autoencoder = Autoencoder(vae)

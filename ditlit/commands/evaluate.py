@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 
 from ditlit.commands.encode import workers
 from ditlit.commands.processes import Progress, launch, share
-from ditlit.errors import InputError
+from ditlit.errors import InputError, check_positive
 from ditlit.evaluation.cache import DEFAULT_FOLDER, FeatureCache
 from ditlit.evaluation.extraction import extract
 from ditlit.evaluation.extractors import Extractor, Inception, describe, load_extractor
@@ -79,11 +79,7 @@ def evaluate(
         return
     if reference is None or (generated is None and save_stats is None):
         raise InputError("evaluate needs --generated and --reference, or --reference and --save_stats; see --help")
-    for name, value in {
-        "batch_size": batch_size, "generated_size": generated_size, "reference_size": reference_size,
-    }.items():  # fmt: skip
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be positive, got {value}")
+    check_positive(batch_size=batch_size, generated_size=generated_size, reference_size=reference_size)
     if bootstrap < 0 or bootstrap == 1:
         raise InputError(f"--bootstrap needs at least 2 resamples, got {bootstrap}")
     network = load_extractor(extractor, inception_weights)

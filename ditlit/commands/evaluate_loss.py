@@ -17,7 +17,7 @@ from ditlit.data.folders import write_atomically
 from ditlit.data.store import LatentStore, per_channel
 from ditlit.data.vae import weights_hash
 from ditlit.diffusion.sampling import normal, sample_generators
-from ditlit.errors import InputError
+from ditlit.errors import InputError, check_positive
 from ditlit.evaluation.losses import Average, Latents, Losses, by_timestep, findings, reference_for
 
 GOLDEN_RATIO = 0.6180339887498949
@@ -53,9 +53,9 @@ def evaluate_loss(
         seed: of the noise.
         accelerator: cpu, gpu, or auto.
     """
-    for name, value in (("num_samples", num_samples - 1), ("draws", draws), ("bins", bins), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(f"--{name} is too small")
+    check_positive(draws=draws, bins=bins, batch_size=batch_size)
+    if num_samples < 2:
+        raise InputError(f"a spread needs num_samples 2 at least, got {num_samples}")
     loaded = checkpoints.load(ckpt)
     latents = LatentStore(store)
     built_for = (loaded.denoiser.in_channels, *loaded.denoiser.input_size)

@@ -15,7 +15,7 @@ from ditlit import __version__, checkpoints
 from ditlit.commands.processes import Progress, launch, share
 from ditlit.data.vae import load_autoencoder, weights_hash
 from ditlit.diffusion import Sampling
-from ditlit.errors import InputError
+from ditlit.errors import InputError, check_positive
 from ditlit.generation.classes import parse_classes, plan_labels
 from ditlit.generation.drawing import Drawer
 from ditlit.generation.folder import SampleFolder
@@ -103,12 +103,12 @@ def sample(
     products = {word.strip() for word in (save or "").split(",")} - {""}
     if not products <= set(PRODUCTS):
         raise InputError(f"--save takes {', '.join(PRODUCTS)}, got {save!r}")
-    for name, value in {
-        "per_class": per_class, "num_samples": num_samples, "batch_size": batch_size, "save_steps": save_steps,
-        "decode_batch_size": decode_batch_size, "sheet_columns": sheet_columns - 1,
-    }.items():  # fmt: skip
-        if value is not None and value < 1:
-            raise InputError(f"--{name} is too small")
+    check_positive(
+        per_class=per_class, num_samples=num_samples, batch_size=batch_size, save_steps=save_steps,
+        decode_batch_size=decode_batch_size,
+    )  # fmt: skip
+    if sheet_columns < 2:
+        raise InputError(f"a sheet has two columns at least, sheet_columns is {sheet_columns}")
     scales = numbers(sheet_scales)
     sampling = Sampling(
         sampler, num_steps, spacing, eta, guidance_scale, guidance_channels,

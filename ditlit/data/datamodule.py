@@ -15,7 +15,7 @@ from ditlit.data.manifest import Manifest
 from ditlit.data.mixture import Mixture, make_mixture
 from ditlit.data.sampler import EvalOrder, ShuffleWindows, TrainOrder
 from ditlit.data.store import LatentStore
-from ditlit.errors import InputError
+from ditlit.errors import InputError, check_positive
 
 REMOTE_WINDOW = 8  # shards of a shuffle where a store is remote
 
@@ -69,6 +69,11 @@ class LatentDataModule(LightningDataModule):
         super().__init__()
         if val_store and val_size:
             raise InputError("val_store and val_size exclude each other: give one of them")
+        check_positive(
+            global_batch_size=global_batch_size, val_batch_size=val_batch_size, predict_samples=predict_samples
+        )
+        if num_workers < 0:
+            raise InputError(f"num_workers is a number of processes, 0 for none, got {num_workers}")
         self.store = store
         self.locations = [store] if isinstance(store, str) else list(store)
         if not self.locations:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from ditlit.data.mixture import Mixture
-from ditlit.errors import InputError
+from ditlit.errors import InputError, check_positive
 
 
 class ShuffleWindows:
@@ -26,8 +26,7 @@ class ShuffleWindows:
     """
 
     def __init__(self, shard_of: Tensor, size: int, prefetch: Callable[[list[int]], None]):
-        if size < 1:
-            raise InputError(f"shuffle_window is a positive number of shards, got {size}")
+        check_positive(shuffle_window=size)
         self.shards, self.shard_of = shard_of.unique(return_inverse=True)
         self.size = size
         self.prefetch = prefetch

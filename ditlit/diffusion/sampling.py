@@ -161,6 +161,8 @@ class Sampling:
             raise InputError("eta belongs to the ddim sampler; ddpm takes its noise from the variance")
         if self.sampler not in ("ddpm", "ddim") and (self.eta or self.spacing != "even"):
             raise InputError(f"{self.sampler} is deterministic and evenly spaced: leave eta and spacing alone")
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"eta lies between 0 and 1, got {self.eta}")
 
     def check(self, process: Process, channels: int) -> None:
         """Raise InputError for settings that do not fit a process or latents of so many channels."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ditlit.errors import InputError
+from ditlit.errors import InputError, check_positive
 from ditlit.models.blocks import AdaLNZeroBlock, FinalLayer
 from ditlit.models.conditioning import DESIGNS
 from ditlit.models.embeddings import TimestepEmbedding, patchify, sincos_positions, unpatchify
@@ -90,6 +90,7 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.patch_size, width = sizes["patch_size"], sizes["hidden_size"]
         self.conditioning = conditioning
+        check_positive(in_channels=in_channels, num_classes=num_classes, **sizes)
         check_sizes(self.input_size, width, sizes["num_heads"], self.patch_size)
         if conditioning not in DESIGNS:
             raise InputError(f"unknown conditioning {conditioning!r}; choose one of {', '.join(DESIGNS)}")
@@ -154,7 +155,7 @@ def recomputed(use_checkpoint: bool | int, depth: int) -> frozenset[int]:
 
 
 def check_sizes(input_size: tuple[int, int], width: int, num_heads: int, patch_size: int) -> None:
-    if any(size % patch_size for size in input_size):
+    if any(size < 1 or size % patch_size for size in input_size):
         raise InputError(f"latents of {input_size[0]}x{input_size[1]} cannot be cut into patches of {patch_size}")
     if width % num_heads:
         raise InputError(f"hidden_size {width} is not divisible by num_heads {num_heads}")

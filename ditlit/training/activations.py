@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from ditlit.errors import InputError
+from ditlit.errors import check_positive
 from ditlit.models.probes import blocks_of, largest_logit, watch_attention, watch_blocks
 from ditlit.training.devices import reshard
 
@@ -28,8 +28,7 @@ class ActivationMaxima(Callback):
     """
 
     def __init__(self, every_n_steps: int | None = None):
-        if every_n_steps is not None and every_n_steps < 1:
-            raise InputError(f"every_n_steps of ActivationMaxima must be positive, got {every_n_steps}")
+        check_positive(every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self._maxima: Tensor | None = None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditlit.data.vae import Autoencoder, load_autoencoder, state_hash
 from ditlit.diffusion.sampling import mix
-from ditlit.errors import InputError
+from ditlit.errors import InputError, check_positive
 from ditlit.evaluation.cache import DEFAULT_FOLDER, FeatureCache
 from ditlit.evaluation.extraction import extract, shared_features
 from ditlit.evaluation.extractors import INCEPTION, Extractor, describe, load_extractor
@@ -66,9 +66,7 @@ class SampleMetrics(Callback):
         num_workers: int = 4,
         cache: str = DEFAULT_FOLDER,
     ):
-        for name, value in (("every_n_steps", every_n_steps), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be positive, got {value}")
+        check_positive(every_n_steps=every_n_steps, batch_size=batch_size)
         if min(num_samples, num_test_samples) < 4:
             raise InputError(f"metrics need at least 4 samples, got {min(num_samples, num_test_samples)}")
         self.reference = reference

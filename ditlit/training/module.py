@@ -20,7 +20,7 @@ from ditlit.data.manifest import Manifest
 from ditlit.data.store import per_channel
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.diffusion.sampling import StepCallback, mix, normal, sample_generators
-from ditlit.errors import InputError
+from ditlit.errors import InputError, check_positive
 from ditlit.models.compiling import compile_blocks
 from ditlit.training.devices import split, whole
 from ditlit.training.draws import StepDraws
@@ -71,6 +71,8 @@ class DiTModule(LightningModule):
         super().__init__()
         if not 0 <= label_dropout < 1:
             raise InputError(f"label_dropout is a probability below 1, got {label_dropout}")
+        check_positive(max_bad_steps=max_bad_steps)
+        sampling.check(process, denoiser.in_channels)
         self.denoiser = denoiser
         self.process = process
         self.optimizer = optimizer
@@ -79,8 +81,6 @@ class DiTModule(LightningModule):
         self.label_dropout = label_dropout
         self.sampling = sampling
         self.seed = seed
-        if max_bad_steps < 1:
-            raise InputError(f"max_bad_steps is a positive number of steps, got {max_bad_steps}")
         self.init_from = init_from
         self.compile_blocks = compile
         self.skip_non_finite = SkipNonFinite(max_bad_steps)

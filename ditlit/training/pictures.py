@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from ditlit.data.vae import Decoder, load_decoder
-from ditlit.errors import InputError
+from ditlit.errors import InputError, check_positive
 from ditlit.pictures import grid_of, save_png, to_uint8
 
 
@@ -39,8 +39,7 @@ class SampleGrid(Callback):
         vae: str | None = None,
         min_side: int = 64,
     ):
-        if every_n_steps is not None and every_n_steps < 1:
-            raise InputError(f"every_n_steps must be positive, got {every_n_steps}")
+        check_positive(every_n_steps=every_n_steps, per_class=per_class, batch_size=batch_size)
         self.every_n_steps = every_n_steps
         self.classes = classes
         self.per_class = per_class
