@@ -1,5 +1,6 @@
 """``python -m ditlit`` and the ``ditlit`` script: a table of commands."""
 
+import errno
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -33,6 +34,7 @@ All settings   ditlit fit --help
 
 # Commands that are a function whose keywords are the settings.
 FUNCTIONS = ("encode", "sample", "evaluate", "evaluate sweep", "evaluate loss", "evaluate scaling", "convert")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LIGHTNING = ("fit", "validate", "test", "predict")
 
 
@@ -64,6 +66,12 @@ def main() -> None:
             raise InputError(f"there is no command {sys.argv[1]!r}{meant} All are shown by ditlit --help")
     except InputError as error:
         print(f"\nditlit: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if command is None or error.errno not in DISK_FULL:
+            raise
+        print(f"\nditlit: error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+        print("Free some space and run the command again: what is written is kept.", file=sys.stderr)
         sys.exit(2)
     except SystemExit:  # all ranks stop: a signal, or a run that diverged
         leave_ranks()

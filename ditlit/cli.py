@@ -2,7 +2,6 @@
 
 import os
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ditlit.data import LatentDataModule
+from ditlit.data.folders import check_writable
 from ditlit.errors import InputError
 from ditlit.training import CheckpointFiles, DiTModule, Heartbeat, Interrupted, StopOnSignal
 from ditlit.training.checkpoint_files import newest_complete, set_aside
@@ -64,23 +64,6 @@ def with_found_configs(args: list[str]) -> list[str]:
         elif arg.startswith("--config="):
             args[i] = "--config=" + find_config(arg.removeprefix("--config="))
     return args
-
-
-def check_writable(folder: Path) -> None:
-    """Create a run's folder.
-
-    Raises:
-        InputError: where that fails, or no file can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"x")
-    except OSError as error:
-        raise InputError(
-            f"cannot write to the run's folder {folder}: {error.strerror or error}; choose another with "
-            "--trainer.default_root_dir"
-        ) from None
 
 
 def own_words(error: InputError) -> str:
@@ -216,7 +199,7 @@ class DitlitCLI(LightningCLI):
                 "a small store instead"
             )
         if not self.trainer.fast_dev_run and not self._is_remote():
-            check_writable(Path(self.trainer.default_root_dir))
+            check_writable(Path(self.trainer.default_root_dir), "--trainer.default_root_dir")
         if self._get(self.config_init, "ckpt_path") is not None or self.trainer.fast_dev_run:
             return
         if int(os.environ.get("SLURM_RESTART_COUNT", 0)):

@@ -321,6 +321,9 @@ def test_mistakes(images, tiny, tmp_path):
     with pytest.raises(InputError, match="batch_size must be positive, got 0"):
         run(images, tmp_path / "s", tiny, batch_size=0)
     assert not (tmp_path / "s").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write to .*file/s: Not a directory; choose another place with --out"):
+        run(images, tmp_path / "file" / "s", tiny)
     other = Autoencoder(tiny)
     with pytest.raises(InputError, match="is not the one that encoded this store"):
         load_decoder(other.entry | {"hash": "0" * 64}, None, torch.device("cpu"))

@@ -10,8 +10,10 @@ from lightning.pytorch import Callback
 from torch._utils import ExceptionWrapper
 
 from ditlit import training
-from ditlit.cli import check_writable, format_warning, own_words
+from ditlit.__main__ import command_function
+from ditlit.cli import format_warning, own_words
 from ditlit.data import LatentDataModule
+from ditlit.data.folders import check_writable
 from ditlit.errors import InputError
 
 
@@ -40,14 +42,31 @@ print("trained")
     assert "Traceback" not in result.stderr
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
-    check_writable(tmp_path / "runs" / "new")
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    check_writable(tmp_path / "runs" / "new", "--out")
     assert not list((tmp_path / "runs" / "new").iterdir())
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot write to the run's folder .*file: File exists; .*default_root_dir"):
-        check_writable(tmp_path / "file")
-    with pytest.raises(InputError, match=r"cannot write to the run's folder .*below: Not a directory"):
-        check_writable(tmp_path / "file" / "below")
+    with pytest.raises(InputError, match=r"cannot write to .*file: File exists; choose another place with --out$"):
+        check_writable(tmp_path / "file", "--out")
+    with pytest.raises(InputError, match=r"cannot write to .*below: Not a directory"):
+        check_writable(tmp_path / "file" / "below", "--out")
+
+
+@pytest.mark.parametrize(
+    "command, words, setting",
+    [
+        ("convert", dict(source="a.ckpt", out="file/b.pt"), "--out"),
+        ("evaluate", dict(generated="a", reference="b", out="file/report.json"), "--out"),
+        ("evaluate", dict(reference="b", save_stats="file/b.npz"), "--save_stats"),
+        ("evaluate loss", dict(ckpt="a.ckpt", store="b", out="file/loss.json"), "--out"),
+        ("evaluate sweep", dict(ckpt="a.ckpt", reference="b", out="file/sweep"), "--out"),
+    ],
+)
+def test_commands_refuse_a_place_for_results_before_they_work(tmp_path, monkeypatch, command, words, setting):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=rf"cannot write to file.*; choose another place with {setting}$"):
+        command_function(command)(**words)
 
 
 def test_errors_of_processes_that_read_ahead_are_one_line():

@@ -10,8 +10,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from ditlit.benchmarking.benchmark import Benchmark, Settings
 from ditlit.benchmarking.table import as_text
 from ditlit.benchmarking.training import Subject
-from ditlit.cli import DitlitCLI, check_writable
-from ditlit.data.folders import is_remote, write_atomically
+from ditlit.cli import DitlitCLI
+from ditlit.data.folders import check_writable, is_remote, write_atomically
 from ditlit.errors import InputError
 
 DESCRIPTION = """Measure what a configuration costs, before training it. Example: ditlit benchmark --config xl2.yaml
@@ -64,5 +64,5 @@ class BenchmarkCLI(DitlitCLI):
             raise InputError(f"results are written to a local file, not to {out}: choose one with --out")
         if Path(out).is_dir():
             raise InputError(f"{out} is a folder: --out is the file for the results")
-        check_writable(Path(out).parent)
+        check_writable(Path(out).parent, "--out" if given else "--trainer.default_root_dir")
         return Path(out)

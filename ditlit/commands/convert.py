@@ -13,6 +13,7 @@ from ditlit.checkpoints.diffusers_folders import write_transformer
 from ditlit.checkpoints.pipeline import write_pipeline
 from ditlit.checkpoints.safetensors_files import write_safetensors
 from ditlit.checkpoints.torch_files import write_released, write_training
+from ditlit.data.folders import check_writable
 from ditlit.data.vae import load_vae, weights_hash
 from ditlit.errors import InputError
 from ditlit.models import DiT, num_parameters
@@ -72,6 +73,7 @@ def convert(
         raise InputError(f"only a diffusers pipeline holds a VAE; remove vae or write a folder instead of {out}")
     if path.exists() and not overwrite:  # before the source is read, which may take a while
         raise InputError(f"{path} exists already; choose another place or set overwrite to true")
+    check_writable(path.parent, "--out")
     contents = read(source, weights, num_heads, input_size, in_channels)
     print(f"read {source}: {summary(contents)}", flush=True)
     if dtype != "keep":

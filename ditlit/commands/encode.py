@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 from ditlit.commands.processes import Progress, gathered, launch, share
 from ditlit.data.audit import audit
 from ditlit.data.encoding import ShardEncoder, Written, plan, read_back
-from ditlit.data.folders import Folder, LocalFolder, open_folder, remove_leftovers
+from ditlit.data.folders import Folder, LocalFolder, check_writable, open_folder, remove_leftovers
 from ditlit.data.images import PREPROCESSING
 from ditlit.data.manifest import MANIFEST, Manifest, read_manifest
 from ditlit.data.shards import shard_name
@@ -109,6 +109,8 @@ def encode(
     if MANIFEST in files:
         print(f"{out} is complete already; delete it to encode anew")
         return
+    if isinstance(folder, LocalFolder):
+        check_writable(folder.path, "--out")
 
     fabric, on_this_machine = launch(accelerator, devices, num_nodes, PRECISIONS[precision])
     if fabric.global_rank == 0:

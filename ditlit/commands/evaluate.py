@@ -11,6 +11,7 @@ from lightning.fabric import Fabric
 
 from ditlit.commands.encode import workers
 from ditlit.commands.processes import Progress, launch, share
+from ditlit.data.folders import check_writable
 from ditlit.errors import InputError, check_positive
 from ditlit.evaluation.cache import DEFAULT_FOLDER, FeatureCache
 from ditlit.evaluation.extraction import extract
@@ -82,6 +83,9 @@ def evaluate(
     check_positive(batch_size=batch_size, generated_size=generated_size, reference_size=reference_size)
     if bootstrap < 0 or bootstrap == 1:
         raise InputError(f"--bootstrap needs at least 2 resamples, got {bootstrap}")
+    for place, setting in ((out, "--out"), (save_stats, "--save_stats")):
+        if place is not None:
+            check_writable(Path(place).parent, setting)
     network = load_extractor(extractor, inception_weights)
     chosen = chosen_metrics(metrics, network)
     fabric, on_this_machine = launch(accelerator, devices, num_nodes)

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ditlit import __version__, checkpoints
 from ditlit.analysis.opening import other_weights
 from ditlit.checkpoints import Loaded, describe
-from ditlit.data.folders import write_atomically
+from ditlit.commands.processes import launch
+from ditlit.data.folders import check_writable, write_atomically
 from ditlit.data.store import LatentStore, per_channel
 from ditlit.data.vae import weights_hash
 from ditlit.diffusion.sampling import normal, sample_generators
@@ -56,6 +56,8 @@ def evaluate_loss(
     check_positive(draws=draws, bins=bins, batch_size=batch_size)
     if num_samples < 2:
         raise InputError(f"a spread needs num_samples 2 at least, got {num_samples}")
+    if out is not None:
+        check_writable(Path(out).parent, "--out")
     loaded = checkpoints.load(ckpt)
     latents = LatentStore(store)
     built_for = (loaded.denoiser.in_channels, *loaded.denoiser.input_size)
@@ -65,7 +67,7 @@ def evaluate_loss(
         raise InputError(
             f"{store} has {latents.manifest.num_classes} classes, {ckpt} is built for {loaded.denoiser.num_classes}"
         )
-    device = Fabric(accelerator=accelerator, devices=1).device
+    device = launch(accelerator, "1", 1)[0].device
     raw = other_weights(ckpt, loaded)
     average = None if raw is None else compare_weights(loaded, raw)
     rows = torch.linspace(0, len(latents) - 1, min(num_samples, len(latents))).round().long().repeat(draws)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ditlit.data.folders import write_atomically
+from ditlit.data.folders import check_writable, write_atomically
 from ditlit.errors import InputError
 from ditlit.evaluation.passport import read_report
 from ditlit.evaluation.plots import plot_guidance, plot_steps
@@ -155,7 +155,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
                 f"{record} says that this sweep was begun with other {', '.join(different)}: choose another --out"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder, "--out")
     write_atomically(record, json.dumps(settings, indent=1).encode())
 
 

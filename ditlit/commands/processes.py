@@ -7,13 +7,22 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from tqdm import tqdm
 
+from ditlit.errors import InputError
+
 
 def launch(accelerator: str, devices: str, num_nodes: int, precision: str = "32-true") -> tuple[Fabric, int]:
-    """Start the processes; returns Fabric and the number of processes of this machine."""
+    """Start the processes; returns Fabric and the number of processes of this machine.
+
+    Raises:
+        InputError: for devices that this machine does not have.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:  # under torchrun its own numbers hold
         devices = os.environ["LOCAL_WORLD_SIZE"]
         num_nodes = int(os.environ["WORLD_SIZE"]) // int(devices)
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
+    try:
+        fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
+    except (RuntimeError, ValueError, TypeError) as error:  # a device that is not there, a number that is none
+        raise InputError(f"accelerator {accelerator}, devices {devices}: {error}") from error
     fabric.launch()
     return fabric, fabric.world_size // num_nodes
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ditlit import __version__, checkpoints
 from ditlit.commands.processes import Progress, launch, share
+from ditlit.data.folders import check_writable
 from ditlit.data.vae import load_autoencoder, weights_hash
 from ditlit.diffusion import Sampling
 from ditlit.errors import InputError, check_positive
@@ -154,6 +155,7 @@ def sample(
     folder = SampleFolder(out, y, "latents" in products)
     if sheet is None:
         folder.check(job)
+    check_writable(folder.path, "--out")
     fabric, _ = launch(accelerator, devices, num_nodes)
     drawer = Drawer(
         loaded.denoiser,

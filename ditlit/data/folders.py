@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,22 @@ def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of writers that were killed; only while nothing else writes there."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Create a local folder that ``setting`` has named.
+
+    Raises:
+        InputError: where that fails, or no file can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another place with {setting}"
+        ) from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
