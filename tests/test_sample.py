@@ -268,7 +268,7 @@ def test_mistakes(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot write to .*file/x: Not a directory; choose another place with --out"):
         draw(checkpoint, tmp_path / "file" / "x")
-    with pytest.raises(InputError, match="^accelerator cpu, devices none: "):
+    with pytest.raises(InputError, match=r"^accelerator cpu, devices none: "):
         draw(checkpoint, tmp_path / "x", devices="none")
     with (
         pytest.raises(InputError, match="out of memory with 64 at once: lower --batch_size"),
@@ -282,9 +282,7 @@ def test_a_full_disk_is_two_lines_and_costs_nothing(checkpoint, tmp_path):
     words = ["--ckpt", checkpoint, "--out", tmp_path / "x", "--num_samples", "40", "--num_steps", "2", "--save", "npz"]
     command = [sys.executable, "-m", "ditlit", "sample", *words, "--accelerator", "cpu"]
     limited = "import resource, signal, sys, runpy\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    limited += (
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))\nrunpy.run_module('ditlit', run_name='__main__')"
-    )
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))\nrunpy.run_module('ditlit', None, '__main__')"
     full = subprocess.run([sys.executable, "-c", limited, *command[3:]], capture_output=True, text=True)
     assert full.returncode == 2 and "Traceback" not in full.stderr
     assert "ditlit: error: File too large" in full.stderr and "Free some space and run the command again" in full.stderr
