@@ -1,6 +1,7 @@
 """The command line: Lightning's CLI on our module and datamodules, with the rules of a run's folder."""
 
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -74,12 +75,11 @@ def own_words(error: InputError) -> str:
 
 def mistake_in(error: ValueError) -> InputError:
     """What a class says of its arguments, without what jsonargparse says around it of the setting's other types."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, InputError):
-            return cause
-        cause = cause.__cause__
-    return InputError(str(error))
+    text = str(error)
+    if text.startswith("Does not validate"):
+        said = re.findall(r"^ *- (?!Expected a |Does not validate)(.+)$", text, re.MULTILINE)
+        text = said[-1] if said else text
+    return InputError(text)
 
 
 def format_warning(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
@@ -177,6 +177,8 @@ class DitlitCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
+        except InputError:
+            raise
         except ValueError as error:
             raise mistake_in(error) from error
 
