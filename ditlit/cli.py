@@ -77,8 +77,8 @@ def mistake_in(error: ValueError) -> InputError:
     """What a class says of its arguments, without what jsonargparse says around it of the setting's other types."""
     text = str(error)
     if text.startswith("Does not validate"):
-        said = re.findall(r"^ *- (?!Expected a |Does not validate)(.+)$", text, re.MULTILINE)
-        text = said[-1] if said else text
+        said = re.search(r"^ *- (?!Expected a |Does not validate|Not a valid subclass)(.+)$", text, re.MULTILINE)
+        text = said[1] if said else text
     return InputError(text)
 
 

@@ -156,6 +156,10 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
         (["--model.sampling.guidance_channels", "7"], "^cannot guide 7 channels of latents that have 1$"),
         # Within a setting that has several types, or that Lightning checks
         (["--model.ema.decay", "1.5"], r"^the decay of the EMA lies in \[0, 1\), got 1.5$"),
+        (
+            ["--trainer.callbacks+=ditlit.training.SampleGrid", "--trainer.callbacks.per_class", "0"],
+            "^per_class must be positive, got 0$",
+        ),
         (["--model.denoiser.num_heads", "0"], "^num_heads must be positive, got 0$"),
         (["--trainer.max_steps", "-5"], "max_steps.* must be a non-negative integer"),
         (["--trainer.strategy", "nope"], "^You selected an invalid strategy name"),
