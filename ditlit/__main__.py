@@ -34,8 +34,9 @@ All settings   ditlit fit --help
 
 # Commands that are a function whose keywords are the settings.
 FUNCTIONS = ("encode", "sample", "evaluate", "evaluate sweep", "evaluate loss", "evaluate scaling", "convert")
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LIGHTNING = ("fit", "validate", "test", "predict")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+KEPT = "run the command again to go on: what is written is kept"
 
 
 def main() -> None:
@@ -70,9 +71,11 @@ def main() -> None:
     except OSError as error:
         if command is None or error.errno not in DISK_FULL:
             raise
-        print(f"\nditlit: error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
-        print("Free some space and run the command again: what is written is kept.", file=sys.stderr)
+        print(f"\nditlit: error: {error.strerror}. Free some space and {KEPT}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nditlit: stopped by Ctrl-C" + (f"; {KEPT}" if command else ""), file=sys.stderr)
+        sys.exit(130)  # as a shell reports a command that a signal has ended
     except SystemExit:  # all ranks stop: a signal, or a run that diverged
         leave_ranks()
         raise

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from functools import partialmethod
 
 import numpy as np
@@ -277,7 +279,7 @@ def test_mistakes(checkpoint, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_a_full_disk_is_two_lines_and_costs_nothing(checkpoint, tmp_path):
+def test_a_full_disk_is_one_line_and_costs_nothing(checkpoint, tmp_path):
     """A limit on the size of files stands for the full disk: images fit, the npz file does not."""
     words = ["--ckpt", checkpoint, "--out", tmp_path / "x", "--num_samples", "40", "--num_steps", "2", "--save", "npz"]
     command = [sys.executable, "-m", "ditlit", "sample", *words, "--accelerator", "cpu"]
@@ -285,12 +287,28 @@ def test_a_full_disk_is_two_lines_and_costs_nothing(checkpoint, tmp_path):
     limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))\nrunpy.run_module('ditlit', None, '__main__')"
     full = subprocess.run([sys.executable, "-c", limited, *command[3:]], capture_output=True, text=True)
     assert full.returncode == 2 and "Traceback" not in full.stderr
-    assert "ditlit: error: File too large" in full.stderr and "Free some space and run the command again" in full.stderr
+    assert (
+        "ditlit: error: File too large" in full.stderr
+        and "Free some space and run the command again to go on" in full.stderr
+    )
     before = images(tmp_path / "x")
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and "images/s\n" not in again.stdout, again.stderr  # nothing is drawn anew
     assert len(before) == 40 and images(tmp_path / "x") == before
     assert np.load(tmp_path / "x" / "samples.npz")["arr_0"].shape == (40, 8, 8, 3)
+
+
+def test_ctrl_c_is_one_line_and_costs_nothing(checkpoint, tmp_path):
+    words = ["--ckpt", checkpoint, "--out", tmp_path / "x", "--num_samples", "20", "--batch_size", "2"]
+    command = [sys.executable, "-m", "ditlit", "sample", *words, "--accelerator", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list((tmp_path / "x").glob("images/*.png")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert "ditlit: stopped by Ctrl-C; run the command again to go on: what is written is kept" in said
+    assert 1 <= len(images(tmp_path / "x")) < 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
