@@ -1,5 +1,6 @@
 """The cache for shards of remote stores: fetched once, bounded, read ahead, and clean after accidents."""
 
+import fcntl
 import os
 import threading
 import time
@@ -68,6 +69,21 @@ def test_shards_are_read_ahead_and_kept_until_others_are_wanted(shelf, tmp_path)
     assert all((tmp_path / shards[i].sha256).exists() for i in (4, 5, 6))
     store.cache.prefetch([(store.folder, shards[i]) for i in (7, 8, 9)])
     wait_for(lambda: all((tmp_path / shards[i].sha256).exists() for i in (7, 8, 9)))
+
+
+def test_a_shard_that_has_just_arrived_is_not_counted_twice(shelf, tmp_path):
+    """Its claim outlives its download by a moment; counted beside the file it would push out what is read ahead."""
+    store = LatentStore(shelf, cache_for(tmp_path, 4))
+    shards = store.manifest.shards
+    store.cache.prefetch([(store.folder, shards[i]) for i in (4, 5, 6)])
+    wait_for(lambda: all((tmp_path / shards[i].sha256).exists() for i in (4, 5, 6)))
+    wait_for(lambda: not list(tmp_path.glob(".*.claim")))
+    with open(tmp_path / f".{shards[6].sha256}.claim", "w") as claim:
+        fcntl.flock(claim, fcntl.LOCK_EX)
+        claim.write(str(shard_bytes()))
+        claim.flush()
+        store.gather(torch.tensor([0]))
+    assert all((tmp_path / shards[i].sha256).exists() for i in (0, 4, 5, 6))
 
 
 def wait_for(condition, seconds=5):

@@ -184,14 +184,16 @@ class ShardCache:
         ahead = self._ahead
         wanted = ahead.wanted if ahead is not None and ahead.process == os.getpid() else frozenset()
         used, files = 0, []
-        for entry in os.scandir(self.folder):
+        entries = {entry.name: entry for entry in os.scandir(self.folder)}
+        for entry in entries.values():
             if re.fullmatch("[0-9a-f]{64}", entry.name):
                 stat = entry.stat()
                 used += stat.st_size
                 if sacrifice or entry.name not in wanted:
                     files.append((entry.name in wanted, stat.st_mtime_ns, stat.st_size, entry.name))
             elif entry.name.endswith(".claim"):
-                used += self._claimed(Path(entry.path))
+                claimed = self._claimed(Path(entry.path))
+                used += 0 if entry.name[1:].removesuffix(".claim") in entries else claimed  # the file is there already
         droppable = []
         with contextlib.ExitStack() as locks:
             for _, _, size, name in sorted(files):
