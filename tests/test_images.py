@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -170,6 +171,50 @@ def test_webdataset_shards(tmp_path):
         b"b",
         b"c",
     ]
+
+
+def test_numbers_of_classes(tmp_path):
+    for text, labels, num_classes, names, said in (
+        ("a.png,0\nb.png,2\n", [0, 2], 3, None, "1 of the classes 0 to 2 without images, which stay empty: 1"),
+        ("a.png,1\nb.png,0\n", [1, 0], 2, None, ""),
+        ("a.png,2\nb.png,1\n", [1, 0], 2, ["1", "2"], "classes are numbered from 1 to 2: the store counts from 0"),
+        ("a.png,007\nb.png,10\n", [0, 1], 2, ["007", "10"], ""),
+        ("a.png,²\nb.png,1.0\n", [1, 0], 2, ["1.0", "²"], ""),
+        ("a.png,9\nb.png,3\n", [9, 3], 10, None, "8 of the classes 0 to 9 without images, which stay empty: 0, 1, 2, 4"),
+    ):
+        write_files(tmp_path, {"a.png": b"1", "b.png": b"2", "labels.csv": text.encode()})
+        source = open_images(tmp_path)
+        assert (source.labels.tolist(), source.num_classes, source.class_names) == (labels, num_classes, names)
+        assert source.said.startswith(said) and bool(said) == bool(source.said)
+    for text, message in {
+        "a.png,0\nb.png,1440764\n": "class 1440764 would make a store of 1,440,765 classes.*or make names",
+        "a.png,0\nb.png,ant\n": "some classes are numbers and others names .such as 0 and 'ant'.",
+        "a.png,99999999999999999999\nb.png,ant\n": None,
+    }.items():
+        (tmp_path / "labels.csv").write_text(text)
+        if message:
+            with pytest.raises(InputError, match=message):
+                open_images(tmp_path)
+        else:
+            assert open_images(tmp_path).class_names == ["99999999999999999999", "ant"]
+
+
+def test_a_thousand_archives_are_not_held_open(tmp_path):
+    for i in range(40):
+        write_tar(tmp_path / f"{i:02}.tar", {"x.png": bytes([i])})
+    source = open_images(tmp_path)
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    assert [source.read(i) for i in range(40)] == [bytes([i]) for i in range(40)]
+    assert not before or len(os.listdir("/proc/self/fd")) < before + 10
+
+
+def test_what_is_wrong_with_an_image_is_said_the_same_in_every_run():
+    messages = []
+    for data in (b"this is no image", b"this is no image"):
+        with pytest.raises(BrokenImage) as error:
+            preprocess(data, 32)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] == "UnidentifiedImageError: cannot identify image file"
 
 
 def test_unclear_sources_are_refused(tmp_path):

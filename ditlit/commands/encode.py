@@ -71,7 +71,9 @@ def encode(
         dtype: in which latents are stored.
         normalize: shift and scale of the latents: the VAE's own factors, or the measured mean and standard deviation of
             each channel.
-        labels: CSV file of image name and class; by default labels.csv in the folder, where there is one.
+        labels: CSV file of image name and class; by default labels.csv in the folder, where there is one. Classes that
+            are numbers (here and in .cls and .json files) mean themselves, from 0 on; numbers from 1 to K are counted
+            from 0 and kept as names, and 007 is a name.
         within: encode only what lies in this folder of the tree or the archives.
         skip_broken: leave out images that cannot be decoded, instead of ending with an error that names them.
         shard_size: images in one file of the store.
@@ -114,6 +116,8 @@ def encode(
 
     fabric, on_this_machine = launch(accelerator, devices, num_nodes, PRECISIONS[precision])
     if fabric.global_rank == 0:
+        if source.said:
+            print(source.said)
         if isinstance(folder, LocalFolder):
             remove_leftovers(folder.path)
         folder.write(SETTINGS, json.dumps(settings, indent=1).encode())

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ditlit.data.images import SUFFIXES
+from ditlit.data.numbering import number_classes, number_or_name
 from ditlit.errors import InputError
 
 Label = int | str
@@ -35,8 +36,7 @@ class ImageSource:
         root: folder of the images, or of the archives.
         archives: paths of the tar archives.
         entries: the images.
-        num_classes, class_names: as in the manifest of a store.
-        labels: number of each image's class.
+        labels, num_classes, class_names, said: of the images and their classes, as in :class:`Numbering`.
     """
 
     def __init__(
@@ -47,15 +47,16 @@ class ImageSource:
         labels: list[int],
         num_classes: int,
         class_names: list[str] | None,
+        said: str = "",
     ):
         self.root = root
         self.archives = archives
         self.labels = np.array(labels, np.int64)  # (n,)
         self.num_classes = num_classes
         self.class_names = class_names
+        self.said = said
         self._names = np.array([os.fsencode(entry.name) for entry in entries])
         self._places = np.array([entry[2:] for entry in entries], np.int64)  # (n, 3)
-        self._files: dict[tuple[int, int], int] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,10 +70,9 @@ class ImageSource:
         archive, offset, size = self._places[i].tolist()
         if archive < 0:
             return (self.root / self.name(i)).read_bytes()
-        key = (os.getpid(), archive)
-        if key not in self._files:
-            self._files[key] = os.open(self.archives[archive], os.O_RDONLY)
-        return os.pread(self._files[key], size, offset)
+        with open(self.archives[archive], "rb") as file:  # anew: a process may not hold a thousand archives open
+            file.seek(offset)
+            return file.read(size)
 
 
 def open_images(images: str | Path, labels: str | Path | None = None, within: str | None = None) -> ImageSource:
@@ -80,7 +80,7 @@ def open_images(images: str | Path, labels: str | Path | None = None, within: st
 
     The class of an image is, in this order: what the labels file says; in archives a ``.cls`` file, or ``label`` in a
     ``.json`` file, beside it (webdataset); the folder that holds it, directly below ``images`` or ``within``; the
-    archive itself. Classes are numbered in the order of their names.
+    archive itself. :func:`number_classes` tells which number each gets.
 
     Args:
         images: folder of images, tar archive, or folder of tar archives.
@@ -113,16 +113,7 @@ def open_images(images: str | Path, labels: str | Path | None = None, within: st
             f"{root}: the class of {without!r} is not clear; put the images of each class in a folder of their own, or "
             "give a CSV file of image name and class with --labels"
         )
-    found = {entry.label for entry in entries}
-    if all(isinstance(label, int) for label in found):
-        if min(found) < 0:
-            raise InputError(f"{labels or root}: classes are numbered from 0, got {min(found)}")
-        return ImageSource(root, archives, entries, [e.label for e in entries], max(found) + 1, None)
-    if not all(isinstance(label, str) for label in found):
-        raise InputError(f"{root}: some classes are numbers and others names ({list(found)[:4]}); use one or the other")
-    names = sorted(found)
-    number = {name: i for i, name in enumerate(names)}
-    return ImageSource(root, archives, entries, [number[e.label] for e in entries], len(names), names)
+    return ImageSource(root, archives, entries, *number_classes([e.label for e in entries], str(labels or root)))
 
 
 def folder_entries(root: Path, prefix: str) -> Iterator[Entry]:
@@ -191,11 +182,6 @@ def sidecar_label(name: PurePosixPath, data: bytes) -> Label | None:
         label = label.get("label") if isinstance(label, dict) else None
         return label if isinstance(label, (int, str)) else None
     return number_or_name(data.decode(errors="replace"))
-
-
-def number_or_name(text: str) -> Label:
-    text = text.strip()
-    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def labelled(entries: Iterable[Entry], path: Path) -> list[Entry]:
