@@ -6,7 +6,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ditlit.errors import InputError
-from ditlit.training import EMA
+from ditlit.models import DiT
+from ditlit.training import EMA, DiTModule
 
 
 def weights(module):
@@ -196,6 +197,54 @@ def test_validation_and_test_from_a_checkpoint_use_the_average(make_module, make
             getattr(make_trainer(), run)(module, datamodule, ckpt_path=tmp_path / "x.ckpt", verbose=False)
             state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
             assert equal(weights(module), [state[f"denoiser.{n}"] for n, _ in module.denoiser.named_parameters()])
+
+
+@pytest.mark.parametrize("ema", ["each its own", "one for all"])
+def test_modules_of_one_process_know_nothing_of_each_other(make_trainer, datamodule, ema):
+    settings = {} if ema == "each its own" else {"ema": EMA()}
+
+    def fit(width):
+        torch.manual_seed(1)
+        sizes = dict(input_size=8, in_channels=3, num_classes=5, patch_size=4, hidden_size=width, depth=1, num_heads=2)
+        module, spy = DiTModule(DiT(**sizes), **settings), Spy()
+        make_trainer(callbacks=[spy], max_steps=2).fit(module, datamodule)
+        return module, [*spy.raw, weights(module)]
+
+    first, alone = fit(16)
+    fit(32)
+    second, after_others = fit(16)
+    assert all(map(equal, alone, after_others))
+    assert second.process is not first.process
+    assert (second.ema is first.ema) == bool(settings)
+
+
+def test_a_trainer_brings_no_average_to_a_module_without_one(make_module, make_trainer, datamodule):
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(make_module(), datamodule)
+    trainer.validate(make_module(ema=None), datamodule, verbose=False)
+    assert not any(isinstance(callback, EMA) for callback in trainer.callbacks)
+
+
+def test_after_a_fit_the_average_is_validated_and_another_fit_goes_on_from_the_raw_weights(
+    make_module, make_trainer, datamodule
+):
+    module, spy, again = make_module(), Spy(), Spy()
+    make_trainer(callbacks=[spy]).fit(module, datamodule)
+    average = [value.clone() for value in module.ema._average_model.values]
+    for run in ("validate", "test"):
+        getattr(make_trainer(callbacks=[again]), run)(module, datamodule, verbose=False)
+        assert equal(weights(module), average)
+    assert equal(again.seen["batch"], average)
+    make_trainer(max_steps=0).fit(module, datamodule)  # no step, so that what it starts from is seen
+    assert equal(module.ema._average_model.values, spy.raw[-1])
+
+
+def test_weights_loaded_after_a_fit_are_what_another_fit_starts_from(make_module, make_trainer, datamodule):
+    module, other = make_module(), make_module()
+    make_trainer().fit(module, datamodule)
+    module.denoiser.load_state_dict(other.denoiser.state_dict())
+    make_trainer(max_steps=0).fit(module, datamodule)
+    assert equal(module.ema._average_model.values, weights(other))
 
 
 def test_without_an_average_everything_still_works(make_module, make_trainer, datamodule, tmp_path):

@@ -1,6 +1,10 @@
 """Rooms and who may import whom: models, diffusion and data know nothing of each other or of what stands on them."""
 
 import ast
+import dataclasses
+import inspect
+import pkgutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -61,3 +65,27 @@ def test_imports_go_downward(path):
 def test_lightning_is_known_to_data_and_training_only():
     for path in (*(PACKAGE / "models").glob("*.py"), *(PACKAGE / "diffusion").glob("*.py")):
         assert "lightning" not in path.read_text().lower().replace("no lightning", "")
+
+
+def signatures():
+    """Every parameter of the package's functions and classes that has a default."""
+    for info in pkgutil.walk_packages(ditlit.__path__, "ditlit."):
+        if info.name.endswith("__main__"):
+            continue
+        for name, thing in vars(import_module(info.name)).items():
+            if getattr(thing, "__module__", None) != info.name or not callable(thing):
+                continue
+            for function in (thing, *filter(inspect.isfunction, vars(thing).values() if inspect.isclass(thing) else ())):
+                for parameter in inspect.signature(function).parameters.values():
+                    if parameter.default is not parameter.empty:
+                        yield f"{info.name}.{name}", parameter
+
+
+def test_no_default_is_an_object_that_calls_could_change_for_each_other():
+    kinds = (type(None), bool, int, float, str, tuple, Path, type)
+    for where, parameter in signatures():
+        value = parameter.default
+        frozen = dataclasses.is_dataclass(value) and value.__dataclass_params__.frozen
+        lazy = hasattr(value, "lazy_get_init_args")  # a description, from which DiTModule makes its own
+        factory = "factory" in repr(value)  # of a dataclass's field
+        assert isinstance(value, kinds) or inspect.isfunction(value) or frozen or lazy or factory, (where, parameter)

@@ -64,7 +64,7 @@ class EMA(WeightAveraging):
     Unlike its parent it averages the denoiser only, in float32 whatever the training precision, on the device of the
     weights, with a few kernels an optimizer step and no host synchronisation; where the weights are sharded, so is the
     average. The raw weights are kept aside while the average stands in for them, so that a checkpoint written or an
-    exception raised meanwhile finds both as they are.
+    exception raised meanwhile finds both as they are, and another fit of the module goes on from them.
     In checkpoints ``state_dict`` holds the average and ``current_model_state`` the raw weights.
 
     Args:
@@ -81,6 +81,7 @@ class EMA(WeightAveraging):
         self.warmup = warmup
         self._average_model: Average | None = None
         self._raw: list[Tensor] | None = None  # the weights set aside while the average is in their place
+        self._training = False  # rather than validating, testing or predicting
 
     @contextmanager
     def averaged(self, pl_module: LightningModule) -> Iterator[None]:
@@ -113,12 +114,30 @@ class EMA(WeightAveraging):
         copy(self._raw, self._average_model.parameters(pl_module.denoiser))
         self._raw = None
 
+    def _left_in_place(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether the denoiser holds the average that an earlier fit has left there: it is the same module's, and no
+        other weights were loaded since."""
+        if self._raw is None:
+            return False
+        reshard(pl_module.denoiser)
+        held = {name: local(p.detach()) for name, p in pl_module.denoiser.named_parameters()}
+        average = zip(self._average_model.names, map(local, self._average_model.values), strict=True)
+        same = all(name in held and torch.equal(value.to(held[name]), held[name]) for name, value in average)
+        return trainer.strategy.reduce_boolean_decision(same, all=True)
+
+    def _forget(self) -> None:
+        self._average_model = self._raw = None
+
     # Hooks ---------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._swap_out(pl_module)  # left in place by an earlier fit
-        self._average_model = None
-        if stage != "fit":
+        in_place = self._left_in_place(trainer, pl_module)
+        self._training = stage == "fit"
+        if in_place and self._training:
+            self._swap_out(pl_module)  # and train on
+        if self._training or not in_place:
+            self._forget()
+        if not self._training:
             return
         for callback in trainer.callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
@@ -132,10 +151,12 @@ class EMA(WeightAveraging):
         self._average_model.follow(pl_module.denoiser)  # only now are the weights where they stay
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_in(pl_module)
+        if self._training:
+            self._swap_in(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_out(pl_module)
+        if self._training:
+            self._swap_out(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing: the parent's swap is between on_validation_start and on_validation_end here."""
@@ -144,7 +165,8 @@ class EMA(WeightAveraging):
         """Nothing: see on_validation_epoch_start."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._swap_out(pl_module)
+        if self._training:
+            self._swap_out(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The average stays in the model for what comes after training; the raw weights stay for late checkpoints.
@@ -169,9 +191,10 @@ class EMA(WeightAveraging):
         checkpoint["averaging_state"] = {"num_updates": average.num_updates}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self._training:  # validation, test and prediction use the average, which is what state_dict holds
+            self._forget()
+            return
         average = self._average_model
-        if average is None:
-            return  # validation, test and prediction use the average, which is what state_dict holds
         if "current_model_state" in checkpoint:
             average.num_updates = checkpoint["averaging_state"]["num_updates"]
             trainer.strategy.load_model_state_dict({"state_dict": checkpoint["current_model_state"]})

@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 
 from ditlit import checkpoints
 from ditlit.checkpoints import describe
+from ditlit.checkpoints.contents import class_of
 from ditlit.data.manifest import Manifest
 from ditlit.data.store import per_channel
 from ditlit.diffusion import GaussianDiffusion, Sampling
@@ -72,6 +73,7 @@ class DiTModule(LightningModule):
         if not 0 <= label_dropout < 1:
             raise InputError(f"label_dropout is a probability below 1, got {label_dropout}")
         check_positive(max_bad_steps=max_bad_steps)
+        process, ema = own(process), own(ema)
         sampling.check(process, denoiser.in_channels)
         self.denoiser = denoiser
         self.process = process
@@ -93,6 +95,8 @@ class DiTModule(LightningModule):
     # Setting up --------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> Sequence[Callback]:
+        if self._trainer is not None:  # which may have trained another module before
+            self.trainer.callbacks = [c for c in self.trainer.callbacks if not isinstance(c, EMA)]
         return [self.skip_non_finite] if self.ema is None else [self.ema, self.skip_non_finite]
 
     def setup(self, stage: str) -> None:
@@ -293,6 +297,16 @@ class DiTModule(LightningModule):
 
     def _latents(self) -> dict[str, list[float]]:
         return {"shift": self.latent_shift.flatten().tolist(), "scale": self.latent_scale.flatten().tolist()}
+
+
+def own(value: Any) -> Any:
+    """A new object in the place of a default of the signature, which all callers would share; others as they are.
+
+    The defaults are jsonargparse's lazy instances, so that the command line can show them.
+    """
+    if not hasattr(value, "lazy_get_init_args"):
+        return value
+    return class_of(value)(**value.lazy_get_init_args().as_dict())
 
 
 def prefer_fused(optimizer: torch.optim.Optimizer) -> None:
