@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import pkgutil
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 
@@ -73,16 +74,17 @@ def signatures():
         if info.name.endswith("__main__"):
             continue
         for name, thing in vars(import_module(info.name)).items():
-            if getattr(thing, "__module__", None) != info.name or not callable(thing):
+            if getattr(thing, "__module__", None) != info.name:
                 continue
-            for function in (thing, *filter(inspect.isfunction, vars(thing).values() if inspect.isclass(thing) else ())):
+            methods = vars(thing).values() if inspect.isclass(thing) else ()
+            for function in filter(inspect.isfunction, (thing, *methods)):
                 for parameter in inspect.signature(function).parameters.values():
                     if parameter.default is not parameter.empty:
                         yield f"{info.name}.{name}", parameter
 
 
 def test_no_default_is_an_object_that_calls_could_change_for_each_other():
-    kinds = (type(None), bool, int, float, str, tuple, Path, type)
+    kinds = (type(None), bool, int, float, str, tuple, Path, timedelta, type)
     for where, parameter in signatures():
         value = parameter.default
         frozen = dataclasses.is_dataclass(value) and value.__dataclass_params__.frozen
