@@ -1,6 +1,7 @@
 """``python -m ditlit`` and the ``ditlit`` script: a table of commands."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -47,6 +48,7 @@ def main() -> None:
     if sys.argv[1] == "--version":
         print(__version__)
         return
+    let_idle_threads_sleep()
     command = next((name for name in (" ".join(sys.argv[1:3]), sys.argv[1]) if name in FUNCTIONS), None)
     try:
         if command is not None:
@@ -80,6 +82,16 @@ def main() -> None:
         leave_ranks()
         raise
     leave_ranks()
+
+
+def let_idle_threads_sleep() -> None:
+    """Let OpenMP's threads sleep while they wait for each other, unless the user has chosen how they wait.
+
+    By default they spin, and where other programs want the same cores, a thread that spins keeps the one that it waits
+    for from running. OpenMP reads this when torch is loaded.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def leave_ranks() -> None:

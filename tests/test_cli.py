@@ -1,5 +1,6 @@
 """The command line: every shipped configuration and every command of the README."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from ditlit.__main__ import FUNCTIONS, command_parser, joined, main
+from ditlit.__main__ import FUNCTIONS, command_parser, joined, let_idle_threads_sleep, main
 from ditlit.benchmarking.cli import BenchmarkCLI
 from ditlit.cli import DitlitCLI, find_config, with_found_configs
 from ditlit.errors import InputError
@@ -176,6 +177,26 @@ def test_a_command_that_does_not_exist_is_named_with_the_nearest(monkeypatch, ca
         with pytest.raises(SystemExit) as end:
             main()
         assert end.value.code == 2 and f"there is no command {said}" in capsys.readouterr().err
+
+
+def test_idle_threads_sleep_unless_the_user_says_how_they_wait(monkeypatch):
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    for given in (None, *names):
+        for name in names:
+            monkeypatch.setenv(name, "")  # so that it is as before at the end
+            monkeypatch.delenv(name)
+        if given:
+            monkeypatch.setenv(given, "mine")
+        let_idle_threads_sleep()
+        assert {n: os.environ[n] for n in names if n in os.environ} == (
+            {given: "mine"} if given else {names[0]: "PASSIVE"}
+        )
+
+
+def test_the_command_line_sets_how_threads_wait_before_torch_reads_it():
+    """OpenMP looks at the environment once, when it is loaded."""
+    code = "import sys, ditlit.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_run_is_not_written_over(tmp_path):
