@@ -12,7 +12,7 @@ from ditlit.data import LatentDataModule, LatentStore, write_store
 from ditlit.diffusion import GaussianDiffusion
 from ditlit.errors import InputError
 from ditlit.models import DiT
-from ditlit.training import TrainingMonitor
+from ditlit.training import DiTModule, TrainingMonitor
 from ditlit.training.draws import StepDraws
 from ditlit.training.module import prefer_fused
 
@@ -63,6 +63,33 @@ def test_x0_is_a_draw_from_the_posterior_shifted_and_scaled(make_module, make_tr
     scale = torch.tensor([0.3, 0.4, 0.5])[:, None, None]
     torch.testing.assert_close(x0.mean(0), (mean - 0.5) * scale, rtol=0, atol=0.02)
     torch.testing.assert_close(x0.std(0), std * scale, rtol=0.03, atol=1e-3)
+
+
+@pytest.mark.parametrize("cast", [torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double])
+def test_shift_and_scale_stay_float32_when_the_module_is_cast(make_module, make_trainer, datamodule, tmp_path, cast):
+    module = make_module()
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(module, datamodule)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    loaded = DiTModule.load_from_checkpoint(tmp_path / "x.ckpt", map_location="cpu")
+    for one in (module, loaded):
+        shift, scale = one.latent_shift, one.latent_scale
+        cast(one)
+        assert one.latent_shift.dtype == one.latent_scale.dtype == torch.float32
+        assert torch.equal(one.latent_shift, shift) and torch.equal(one.latent_scale, scale)
+        assert scale.flatten().tolist() == pytest.approx([0.3, 0.4, 0.5])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "16-true", "64-true"])
+def test_shift_and_scale_are_float32_in_every_precision(make_module, make_trainer, datamodule, precision):
+    trainer = make_trainer(max_steps=1, precision=precision)
+    with trainer.init_module():
+        module = make_module()
+    assert module.latent_shift.dtype == module.latent_scale.dtype == torch.float32
+    if precision != "16-true":  # which CPUs do not train
+        trainer.fit(module, datamodule)
+        assert module.latent_shift.dtype == module.latent_scale.dtype == torch.float32
+        assert torch.equal(module.latent_scale.flatten(), torch.tensor([0.3, 0.4, 0.5]))
 
 
 def test_labels_are_dropped_at_the_given_rate(make_module, make_trainer, datamodule):

@@ -1,6 +1,6 @@
 """The LightningModule: a denoiser, a diffusion process, and the moving average of the denoiser's weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -87,12 +87,19 @@ class DiTModule(LightningModule):
         self.compile_blocks = compile
         self.skip_non_finite = SkipNonFinite(max_bad_steps)
         self.grad_norm: Tensor | None = None  # of the latest optimizer step, before clipping
-        # x0 = (latent - shift) * scale, from the store. No buffers, which 16-bit training would round.
-        self.latent_shift = torch.zeros(denoiser.in_channels, 1, 1)
-        self.latent_scale = torch.ones(denoiser.in_channels, 1, 1)
+        # x0 = (latent - shift) * scale, from the store. No buffers, which 16-bit training would round: see _apply.
+        self.latent_shift = torch.zeros(denoiser.in_channels, 1, 1, dtype=torch.float32)
+        self.latent_scale = torch.ones(denoiser.in_channels, 1, 1, dtype=torch.float32)
         self.val_terms = nn.ModuleDict({name: MeanMetric() for name in ("loss", "mse", "vlb")})
 
     # Setting up --------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiTModule":
+        """Let shift and scale follow the module to every device; they stay float32 whatever its weights become."""
+        super()._apply(fn, recurse)
+        device = fn(self.latent_shift).device
+        self.latent_shift, self.latent_scale = self.latent_shift.to(device), self.latent_scale.to(device)
+        return self
 
     def configure_callbacks(self) -> Sequence[Callback]:
         if self._trainer is not None:  # which may have trained another module before
@@ -131,9 +138,13 @@ class DiTModule(LightningModule):
                 f"the store {self.trainer.datamodule.store} has {manifest.num_classes} classes, but the denoiser is "
                 f"built for {self.denoiser.num_classes}; set --model.denoiser.num_classes {manifest.num_classes}"
             )
-        device = self.trainer.strategy.root_device
-        self.latent_shift = per_channel(manifest.shift, manifest.shape[0]).to(device)
-        self.latent_scale = per_channel(manifest.scale, manifest.shape[0]).to(device)
+        self._take_latents(manifest.shift, manifest.scale)
+
+    def _take_latents(self, shift: Sequence[float], scale: Sequence[float]) -> None:
+        """Take a shift and scale, of one value or one for each channel, to where those of before are."""
+        self.latent_shift, self.latent_scale = (
+            per_channel(values, self.denoiser.in_channels).to(self.latent_shift.device) for values in (shift, scale)
+        )
 
     def initialize(self, source: str, class_names: list[str] | None) -> None:
         """Take the weights of ``source``, before training; the moving average starts from them."""
@@ -286,9 +297,7 @@ class DiTModule(LightningModule):
             begin_at_whole_step(checkpoint, self.trainer.accumulate_grad_batches)
         trained_on = {name: checkpoint["latents"][name] for name in ("shift", "scale")}
         if self._trainer is None or getattr(self.trainer.datamodule, "manifest", None) is None:
-            self.latent_shift, self.latent_scale = (
-                per_channel(values, self.denoiser.in_channels).to(self.device) for values in trained_on.values()
-            )
+            self._take_latents(**trained_on)
         elif trained_on != self._latents():
             raise InputError(
                 f"the checkpoint was trained on latents with {trained_on}, but the store "
