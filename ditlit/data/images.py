@@ -6,15 +6,35 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 PREPROCESSING = "EXIF rotation, alpha over white, RGB, halved by box filter, bicubic to the short side, centre crop"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2",
+)  # fmt: skip
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")  # how such files begin
+MAGIC_BYTES = 12  # of a file that tell whether it is an image
+ORIENTATION = 0x0112  # EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # what turns an image of each orientation upright
+LONGEST = 16  # long by short side of what is resized
 
 
 class BrokenImage(Exception):
     """An image file that cannot be decoded; the message says why."""
+
+
+def is_image_data(head: bytes) -> bool:
+    """Whether the first ``MAGIC_BYTES`` of a file are those of an image, for files whose name does not tell."""
+    return head.startswith(MAGIC) or head[8:12] == b"WEBP" or head[4:12] in (b"ftypavif", b"ftypavis")
 
 
 def preprocess(data: bytes, size: int) -> Tensor:
@@ -37,7 +57,7 @@ def preprocess(data: bytes, size: int) -> Tensor:
 
 def decode(data: bytes) -> Image.Image:
     """The image in 8-bit RGB, upright. Transparent parts show white; 16-bit greys keep their upper byte."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    image = upright(Image.open(io.BytesIO(data)))
     if image.mode.startswith("I"):  # 16 bits a pixel, in 16 or 32 depending on the format
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
@@ -48,16 +68,35 @@ def decode(data: bytes) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF data say; as it is where they cannot be read."""
+    image.load()  # whatever this raises is of the pixels
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+    except Exception:  # struct.error, SyntaxError, ValueError, ...
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The central square, ``size`` pixels a side, as Dhariwal & Nichol (2021) cut it: halve with a box filter while
     the short side is at least twice too long, go the rest with a bicubic filter, cut out the middle.
+
+    Of longer strips than any photograph only the middle is resized: enlarged as a whole they would fill the memory.
     """
+    image = middle(image, LONGEST * min(image.size))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def middle(image: Image.Image, longest: int) -> Image.Image:
+    """The image, cut at both ends alike where a side is longer than this (or than one more, to keep its centre)."""
+    left, top = (max(0, side - longest) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
