@@ -167,8 +167,10 @@ def test_a_deep_compression_autoencoder(tmp_path):
     torch.testing.assert_close(ours.decode(latents), decoded, rtol=1e-3, atol=1e-4)
 
 
-def test_pixels_are_stored_as_they_are(images, tmp_path):
+def test_pixels_are_stored_as_they_are(images, tmp_path, capsys):
     run(images, tmp_path / "s", "pixels", shuffle=False, flips=False)
+    said, _ = capsys.readouterr().out.split("\n", 1)
+    assert said == "27 images in 3 classes (ant, bee, cat), by folder; nothing is left out"
     store = LatentStore(tmp_path / "s")
     _, pictures = pictures_of(images)
     found = load_decoder(None, None, torch.device("cpu"))(store.gather(torch.arange(NUM))["latents"])
@@ -321,6 +323,9 @@ def test_mistakes(images, tiny, tmp_path):
     with pytest.raises(InputError, match="batch_size must be positive, got 0"):
         run(images, tmp_path / "s", tiny, batch_size=0)
     assert not (tmp_path / "s").exists()
+    for inside in (images, images / "ant" / "store"):
+        with pytest.raises(InputError, match=f"--out {inside} lies in {images}, among the images to encode; choose"):
+            run(images, inside, tiny)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot write to .*file/s: Not a directory; choose another place with --out"):
         run(images, tmp_path / "file" / "s", tiny)

@@ -1,36 +1,17 @@
 """Images of every kind become the same 8-bit RGB squares, and their classes come from folders, archives or a file."""
 
-import io
 import json
 import os
-import tarfile
 
 import numpy as np
 import pytest
 import torch
+from image_files import RED, encoded, listing, quadrants, write_files, write_tar
 from PIL import Image
 
 from ditlit.data.images import BrokenImage, center_crop, decode, preprocess
 from ditlit.data.sources import open_images
 from ditlit.errors import InputError
-
-RED = (200, 30, 60)
-
-
-def encoded(image, format="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, format=format, **options)
-    return file.getvalue()
-
-
-def quadrants(size=32):
-    """Four colours, so that any rotation or mirroring shows."""
-    pixels = np.zeros((size, size, 3), np.uint8)
-    half = size // 2
-    pixels[:half, :half], pixels[:half, half:], pixels[half:, :half], pixels[half:, half:] = (
-        RED, (10, 220, 40), (0, 0, 250), (255, 255, 255),
-    )  # fmt: skip
-    return Image.fromarray(pixels)
 
 
 def pixels(image):
@@ -102,27 +83,43 @@ def test_files_that_are_no_image_are_refused(kind):
         preprocess(BROKEN[kind], 32)
 
 
+def test_long_strips_are_resized_in_their_middle_only(monkeypatch):
+    sizes = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda *a, **k: sizes.append(a[1]) or resize(*a, **k))
+    for shape in ((1, 4000), (4000, 1), (3, 20000)):
+        image = Image.fromarray(np.full((*shape, 3), RED, np.uint8))
+        assert (preprocess(encoded(image), 64) == torch.tensor(RED)[:, None, None]).all()
+    assert (
+        max(w * h for w, h in sizes) <= 17 * 64 * 64
+    )  # times three bytes; a strip enlarged as a whole is 15 MB and more
+    # The part that is kept is that of the whole strip, whichever parity its length has.
+    for length in (900, 901):
+        ramp = np.linspace(0, 255, length).astype(np.uint8)[None, :, None].repeat(20, 0).repeat(3, 2)
+        for picture in (Image.fromarray(ramp), Image.fromarray(ramp.transpose(1, 0, 2))):
+            scale = 32 / 20
+            whole = resize(picture, tuple(round(side * scale) for side in picture.size), Image.Resampling.BICUBIC)
+            left, top = (whole.width - 32) // 2, (whole.height - 32) // 2
+            expected = np.asarray(whole.crop((left, top, left + 32, top + 32))).astype(int)
+            assert np.abs(np.asarray(center_crop(picture, 32)) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
+def test_damaged_exif_data_leave_the_pixels_as_they_are(format):
+    image = quadrants()
+    options = dict(lossless=True) if format == "WEBP" else {}
+    whole, expected = pixels(encoded(image, format, **options)), None
+    for exif in (
+        b"Exif\0\0nonsense",
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0",
+    ):
+        data = encoded(image, format, exif=exif, **options)
+        expected = torch.from_numpy(whole.copy()).permute(2, 0, 1)
+        assert torch.equal(preprocess(data, 32), expected)
+
+
 # Sources
-
-
-def listing(source):
-    return {source.name(i): (int(source.labels[i]), source.read(i)) for i in range(len(source))}
-
-
-def write_files(root, files):
-    for name, data in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-
-def write_tar(path, files):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def test_a_tree_of_class_folders(tmp_path):
@@ -180,7 +177,13 @@ def test_numbers_of_classes(tmp_path):
         ("a.png,2\nb.png,1\n", [1, 0], 2, ["1", "2"], "classes are numbered from 1 to 2: the store counts from 0"),
         ("a.png,007\nb.png,10\n", [0, 1], 2, ["007", "10"], ""),
         ("a.png,²\nb.png,1.0\n", [1, 0], 2, ["1.0", "²"], ""),
-        ("a.png,9\nb.png,3\n", [9, 3], 10, None, "8 of the classes 0 to 9 without images, which stay empty: 0, 1, 2, 4"),
+        (
+            "a.png,9\nb.png,3\n",
+            [9, 3],
+            10,
+            None,
+            "8 of the classes 0 to 9 without images, which stay empty: 0, 1, 2, 4",
+        ),
     ):
         write_files(tmp_path, {"a.png": b"1", "b.png": b"2", "labels.csv": text.encode()})
         source = open_images(tmp_path)

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -71,9 +72,9 @@ def encode(
         dtype: in which latents are stored.
         normalize: shift and scale of the latents: the VAE's own factors, or the measured mean and standard deviation of
             each channel.
-        labels: CSV file of image name and class; by default labels.csv in the folder, where there is one. Classes that
-            are numbers (here and in .cls and .json files) mean themselves, from 0 on; numbers from 1 to K are counted
-            from 0 and kept as names, and 007 is a name.
+        labels: CSV file of image name and class, or StyleGAN's dataset.json; by default labels.csv or dataset.json in
+            the folder, where there is one. Classes that are numbers (here and in .cls and .json files) mean themselves,
+            from 0 on; numbers from 1 to K are counted from 0 and kept as names, and 007 is a name.
         within: encode only what lies in this folder of the tree or the archives.
         skip_broken: leave out images that cannot be decoded, instead of ending with an error that names them.
         shard_size: images in one file of the store.
@@ -91,8 +92,10 @@ def encode(
         if value is None:
             raise InputError(f"encode needs --{name}; see ditlit encode --help")
     check_positive(image_size=image_size, batch_size=batch_size, shard_size=shard_size)
-    source = open_images(images, labels, within)
     folder = open_folder(out)
+    if isinstance(folder, LocalFolder):
+        check_outside(folder.path, Path(images, (within or "").strip("/")))
+    source = open_images(images, labels, within)
     autoencoder = Autoencoder(vae)
     settings = {
         "images": listing_hash(source),
@@ -116,6 +119,7 @@ def encode(
 
     fabric, on_this_machine = launch(accelerator, devices, num_nodes, PRECISIONS[precision])
     if fabric.global_rank == 0:
+        print(source.about)
         if source.said:
             print(source.said)
         if isinstance(folder, LocalFolder):
@@ -169,6 +173,12 @@ def check(location: str) -> None:
         f"{location} is whole: {manifest.num_samples:,} samples in {len(manifest.shards)} shards, every checksum, "
         "shape, label and number"
     )
+
+
+def check_outside(store: Path, images: Path) -> None:
+    """Refuse a store among the images: they would be other ones when the job goes on."""
+    if images.is_dir() and store.resolve().is_relative_to(images.resolve()):
+        raise InputError(f"--out {store} lies in {images}, among the images to encode; choose a folder outside of it")
 
 
 def listing_hash(source: ImageSource) -> str:

@@ -1,20 +1,23 @@
 """Where labelled images come from: a tree of class folders, a labels file, or tar archives."""
 
-import csv
-import json
 import os
-import tarfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ditlit.data.archives import NOWHERE
+from ditlit.data.class_folders import by_folder, check_parts, leave_out_masks
+from ditlit.data.files import File, Listing, add_folder, list_files, read_file
 from ditlit.data.images import SUFFIXES
-from ditlit.data.numbering import number_classes, number_or_name
+from ditlit.data.label_files import label_file, labelled
+from ditlit.data.numbering import Numbering, number_classes
+from ditlit.data.sidecars import one_of_each_sample, sidecar_labels
 from ditlit.errors import InputError
 
 Label = int | str
+NAMED = 3  # classes in the line that says what a source holds
 
 
 class Entry(NamedTuple):
@@ -24,7 +27,7 @@ class Entry(NamedTuple):
     label: Label | None
     archive: int = -1  # number of the tar archive; -1 for a file of its own
     offset: int = 0
-    size: int = 0
+    size: int = -1  # all
 
 
 class ImageSource:
@@ -37,6 +40,7 @@ class ImageSource:
         archives: paths of the tar archives.
         entries: the images.
         labels, num_classes, class_names, said: of the images and their classes, as in :class:`Numbering`.
+        about: one line: which images and classes these are, and what was left out and why.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class ImageSource:
         num_classes: int,
         class_names: list[str] | None,
         said: str = "",
+        about: str = "",
     ):
         self.root = root
         self.archives = archives
@@ -55,6 +60,7 @@ class ImageSource:
         self.num_classes = num_classes
         self.class_names = class_names
         self.said = said
+        self.about = about
         self._names = np.array([os.fsencode(entry.name) for entry in entries])
         self._places = np.array([entry[2:] for entry in entries], np.int64)  # (n, 3)
 
@@ -67,24 +73,20 @@ class ImageSource:
 
     def read(self, i: int) -> bytes:
         """The bytes of an image file."""
-        archive, offset, size = self._places[i].tolist()
-        if archive < 0:
-            return (self.root / self.name(i)).read_bytes()
-        with open(self.archives[archive], "rb") as file:  # anew: a process may not hold a thousand archives open
-            file.seek(offset)
-            return file.read(size)
+        return read_file(self.root, self.archives, self.name(i), *self._places[i].tolist())
 
 
 def open_images(images: str | Path, labels: str | Path | None = None, within: str | None = None) -> ImageSource:
     """List the images of a folder or of tar archives, and their classes.
 
-    The class of an image is, in this order: what the labels file says; in archives a ``.cls`` file, or ``label`` in a
-    ``.json`` file, beside it (webdataset); the folder that holds it, directly below ``images`` or ``within``; the
+    The class of an image is, in this order: what the labels file says; a ``.cls`` or ``.cls.txt`` file, or ``label`` in
+    a ``.json`` file, beside it (webdataset); the folder that holds it, directly below ``images`` or ``within``; the
     archive itself. :func:`number_classes` tells which number each gets.
 
     Args:
         images: folder of images, tar archive, or folder of tar archives.
-        labels: CSV file of image name and class; by default ``labels.csv`` in the folder, where there is one.
+        labels: file of image name and class: a table (CSV), or StyleGAN's ``dataset.json``; by default ``labels.csv``
+            or ``dataset.json`` in the folder, where there is one.
         within: use only what lies in this folder of the tree or the archives.
 
     Raises:
@@ -93,123 +95,71 @@ def open_images(images: str | Path, labels: str | Path | None = None, within: st
     root = Path(images)
     if not root.exists():
         raise InputError(f"there are no images at {root}: it does not exist")
-    prefix = f"{within.strip('/')}/" if within else ""
-    archives = [root] if root.is_file() else sorted(p for p in root.iterdir() if p.suffix == ".tar")
-    if archives:
-        entries = [entry for i, path in enumerate(archives) for entry in archive_entries(path, i, prefix)]
-    else:
-        entries = list(folder_entries(root, prefix))
-    if not entries:
-        raise InputError(f"there are no images in {root / prefix}: none ends in {', '.join(SUFFIXES)}")
-    entries.sort()
-    default = root / "labels.csv"
-    if labels is None and root.is_dir() and default.is_file():
-        labels = default
-    if labels is not None:
-        entries = labelled(entries, Path(labels))
-    without = next((entry.name for entry in entries if entry.label is None), None)
-    if without is not None:
+    listing = list_files(root, within)
+    if not listing.images:
+        leave_out_others(listing, set())
         raise InputError(
-            f"{root}: the class of {without!r} is not clear; put the images of each class in a folder of their own, or "
-            "give a CSV file of image name and class with --labels"
+            f"there are no images in {root / listing.within}: none ends in {', '.join(SUFFIXES)}; {listing.left_out}"
         )
-    return ImageSource(root, archives, entries, *number_classes([e.label for e in entries], str(labels or root)))
+    file = label_file(listing, labels)
+    if file is not None:
+        chosen, used, origin = labelled(listing, *file), {file[0]}, f"as {file[0]} says"
+    else:
+        leave_out_masks(listing)
+        sidecars, used = sidecar_labels(listing)
+        if sidecars:
+            check_parts(listing)
+            chosen, origin = one_of_each_sample(listing, sidecars), "as the files beside them say"
+        else:
+            chosen, origin = by_folder(listing), "by folder"
+    leave_out_others(listing, used)
+    check_links(listing, [image for image, _ in chosen])
+    entries = sorted(entry_of(*image) for image in chosen)
+    numbering = number_classes([entry.label for entry in entries], file[0] if file else str(root))
+    about = f"{counted(len(entries), 'image', 'images')} in {described(numbering)}, {origin}; {listing.left_out}"
+    about = "".join(c if c.isprintable() else repr(c)[1:-1] for c in about)
+    return ImageSource(root, listing.archives, entries, *numbering, about)
+
+
+def described(numbering: Numbering) -> str:
+    """``4 classes (ant, bee, cat, ...)``."""
+    k, names = numbering.num_classes, numbering.names
+    some = f"0 to {k - 1}" if names is None else ", ".join([*names[:NAMED], *["..."][: k > NAMED]])
+    return f"{counted(k, 'class', 'classes')} ({some})"
+
+
+def counted(n: int, one: str, more: str) -> str:
+    return f"{n:,} {one if n == 1 else more}"
+
+
+def entry_of(file: File, label: Label | None) -> Entry:
+    return Entry(file.name, label, file.archive, file.offset, file.size)
 
 
 def folder_entries(root: Path, prefix: str) -> Iterator[Entry]:
-    for folder, folders, files in os.walk(root / prefix, followlinks=True):
-        folders.sort()
-        relative = Path(folder).relative_to(root)
-        parts = Path(folder).relative_to(root / prefix).parts
-        for file in files:
-            if file.lower().endswith(SUFFIXES) and not file.startswith("."):
-                yield Entry((relative / file).as_posix(), parts[0] if parts else None)
+    """The images below a folder, whatever their classes."""
+    listing = Listing(root, prefix)
+    add_folder(listing)
+    return (entry_of(file, None) for file in listing.images)
 
 
-def archive_entries(path: Path, number: int, prefix: str) -> list[Entry]:
-    """The images of one tar archive."""
-    found: list[tuple[PurePosixPath, int, int]] = []
-    sidecars: dict[str, Label] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile() or not member.name.removeprefix("./").startswith(prefix):
-                    continue
-                name = PurePosixPath(member.name)
-                if name.suffix.lower() in SUFFIXES and not name.name.startswith("."):
-                    found.append((name, member.offset_data, member.size))
-                elif name.suffix in (".cls", ".json"):
-                    label = sidecar_label(name, tar.extractfile(member).read())
-                    if label is not None:
-                        sidecars[key_of(name)] = label
-    except tarfile.ReadError as error:
+def leave_out_others(listing: Listing, used: set[str]) -> None:
+    for file in listing.others:
+        if listing.location(file) not in used:
+            name = file.name.rsplit("/", 1)[-1]
+            listing.left_out.add("files that are no images", os.path.splitext(name)[1] or name)
+
+
+def check_links(listing: Listing, images: list[File]) -> None:
+    """Refuse images that are links to nowhere."""
+    lost = [image.name for image in images if image.size == NOWHERE]
+    if lost:
+        remedy = (
+            "pack the archive with tar --dereference, so that it holds the images and not links to them"
+            if listing.archives
+            else "restore what they link to, or delete them"
+        )
         raise InputError(
-            f"{path} cannot be read as a tar archive ({error}); compressed archives must be unpacked first, since "
-            "images are read in any order"
-        ) from None
-    entries = []
-    parents: dict[str, str] = {}
-    for name, offset, size in found:
-        folders = PurePosixPath(str(name).removeprefix("./").removeprefix(prefix)).parts[:-1]
-        label = sidecars.get(key_of(name))
-        if label is None and folders:
-            label = folders[0] if prefix else folders[-1]
-            parent = str(name.parent.parent)
-            if not prefix and parents.setdefault(label, parent) != parent:
-                raise InputError(
-                    f"{path} holds the class {label!r} in {parents[label]!r} and in {parent!r}; choose one with "
-                    "--within"
-                )
-        elif label is None and sidecars:
-            raise InputError(f"{path}: some images have a .cls or .json file beside them, but {str(name)!r} has none")
-        elif label is None:
-            label = path.stem
-        entries.append(Entry(f"{path.name}/{name}", label, number, offset, size))
-    return entries
-
-
-def key_of(name: PurePosixPath) -> str:
-    """What the files of one webdataset sample have in common: the path up to the first dot of the file's name."""
-    return str(name.parent / name.name.split(".", 1)[0])
-
-
-def sidecar_label(name: PurePosixPath, data: bytes) -> Label | None:
-    if name.suffix == ".json":
-        try:
-            label = json.loads(data)
-        except ValueError:
-            return None
-        label = label.get("label") if isinstance(label, dict) else None
-        return label if isinstance(label, (int, str)) else None
-    return number_or_name(data.decode(errors="replace"))
-
-
-def labelled(entries: Iterable[Entry], path: Path) -> list[Entry]:
-    """The entries that a labels file names, with its labels.
-
-    The file has two columns, image name and class, and may have a header. Images that it does not name are left out.
-
-    Raises:
-        InputError: where the file cannot be read or names an image that is not there.
-    """
-    try:
-        with open(path, newline="") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read the labels file {path}: {error}") from None
-    by_name = {entry.name: entry for entry in entries}
-    chosen: dict[str, Entry] = {}
-    for line, row in enumerate(rows):
-        if len(row) != 2:
-            raise InputError(f"{path} line {line + 1}: need two columns, image name and class, got {row}")
-        name = row[0].strip()
-        if name not in by_name and line == 0:
-            continue  # a header
-        if name not in by_name:
-            raise InputError(f"{path} line {line + 1}: there is no image {name!r}")
-        if name in chosen:
-            raise InputError(f"{path} line {line + 1}: {name!r} has a class already")
-        chosen[name] = by_name[name]._replace(label=number_or_name(row[1]))
-    if not chosen:
-        raise InputError(f"{path} names none of the images")
-    return [chosen[name] for name in sorted(chosen)]
+            f"{listing.root}: {len(lost):,} of {len(images):,} images are links that lead nowhere, such as "
+            f"{lost[0]!r}; {remedy}"
+        )
