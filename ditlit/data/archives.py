@@ -103,9 +103,10 @@ def next_archive(path: Path, file: BinaryIO, stop: int) -> int | None:
     file.seek(stop)
     block = file.read(BLOCK)
     if len(block) < BLOCK:
+        whole = "" if block else ", or, if nothing is missing, add them: truncate -s +1024 FILE"
         raise InputError(
             f"{path} is cut: it ends at byte {stop + len(block):,} without the blocks of zeros that end a tar archive; "
-            "copy or pack it again, or, if nothing is missing, add them: truncate -s +1024 FILE"
+            f"copy or pack it again{whole}"
         )
     if block.strip(b"\0"):
         raise InputError(f"{path} is damaged: no entry of a tar archive begins at byte {stop:,}; copy or pack it again")

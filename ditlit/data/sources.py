@@ -96,6 +96,8 @@ def open_images(images: str | Path, labels: str | Path | None = None, within: st
     if not root.exists():
         raise InputError(f"there are no images at {root}: it does not exist")
     listing = list_files(root, within)
+    if listing.within and not listing.images and not listing.others:
+        raise InputError(f"there is nothing in the folder {listing.within!r} of {root}, which --within names")
     if not listing.images:
         leave_out_others(listing, set())
         raise InputError(
