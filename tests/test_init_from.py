@@ -41,7 +41,10 @@ def test_training_starts_from_given_weights_and_so_does_the_average(
     make_trainer(max_steps=0).fit(module, datamodule)
     assert_same(parameters(module.denoiser), parameters(model))
     assert_same(averages(module), parameters(model))
-    assert said == [f"Starting from the ema weights of {tmp_path}/start.safetensors (ditlit safetensors, step 7)"]
+    assert said == [
+        f"Starting from the ema weights of {tmp_path}/start.safetensors (ditlit safetensors, step 7)",
+        "Labels: 5 classes, copied by number, as neither names them",
+    ]
 
 
 def test_a_second_fit_and_a_resumed_run_do_not_start_over(starting, make_trainer, datamodule, tmp_path):
@@ -87,15 +90,29 @@ def test_the_same_classes_in_another_order_are_reordered():
     model, target = scrambled(**SMALL), scrambled(seed=3, **SMALL)
     report = checkpoints.initialize(target, contents_of(model, names), names[::-1], "x")
     assert torch.equal(target.label_embed.weight[:5], model.label_embed.weight[:5].flip(0)) and len(report) == 2
-    report = checkpoints.initialize(target, contents_of(model, names), ["a", "b", "c", "d", "e"], "x")
+    report = checkpoints.initialize(target, contents_of(model, names), list(names), "x")
     assert torch.equal(target.label_embed.weight, model.label_embed.weight) and len(report) == 1
+
+
+def test_as_many_other_classes_are_matched_by_name_or_said_to_be_copied_by_number():
+    names = ["cat", "dog", "owl", "cow", "bee"]
+    model, target = scrambled(**SMALL), scrambled(seed=3, **SMALL)
+    new = target.label_embed.weight[[0, 1, 2]].detach().clone()
+    report = checkpoints.initialize(target, contents_of(model, names), ["a", "b", "c", "owl", "cat"], "x")
+    assert report[1:] == ["Labels: 5 to 5 classes, 2 copied by name, 3 new, and the null class"]
+    assert torch.equal(target.label_embed.weight, torch.cat([new, model.label_embed.weight[[2, 0, 5]]]))
+    for ours, theirs, silent in ((None, names, "the store"), (names, None, "the checkpoint"), (None, None, "neither")):
+        target = scrambled(seed=3, **SMALL)
+        report = checkpoints.initialize(target, contents_of(model, theirs), ours, "x")
+        assert torch.equal(target.label_embed.weight, model.label_embed.weight)
+        assert len(report) == 2 and f"Labels: 5 classes, copied by number, as {silent}" in report[1]
 
 
 def test_another_resolution_computes_fixed_positions_and_resizes_learned_ones():
     fixed = scrambled(**SMALL)
     target = scrambled(seed=3, **SMALL | dict(input_size=16))
     report = checkpoints.initialize(target, contents_of(fixed), None, "x")
-    assert report[1:] == ["Positions: 2x2 to 4x4, computed"]
+    assert report[1] == "Positions: 2x2 to 4x4, computed"
     assert torch.equal(target.pos_embed, sincos_positions(16, (4, 4)))
     assert_same(parameters(target), parameters(fixed))
 
@@ -104,7 +121,7 @@ def test_another_resolution_computes_fixed_positions_and_resizes_learned_ones():
     learned.pos_embed.data = torch.stack([rows, columns], 1).repeat(1, 8)  # linear in the place
     target = scrambled(seed=3, **SMALL | dict(positions="learned", input_size=(16, 32)))
     report = checkpoints.initialize(target, contents_of(learned), None, "x")
-    assert report[1:] == ["Positions: 4x4 to 4x8, the learned table resized"]
+    assert report[1] == "Positions: 4x4 to 4x8, the learned table resized"
     table = target.pos_embed.unflatten(0, (4, 8))
     torch.testing.assert_close(table[:, :, 0], torch.arange(4.0)[:, None].expand(4, 8))
     # Half a step between the centres of the new columns, as nearly as torch's bicubic kernel keeps a line.

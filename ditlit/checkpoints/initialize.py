@@ -15,10 +15,10 @@ from ditlit.models.embeddings import sincos_positions
 def initialize(denoiser: nn.Module, contents: Contents, class_names: list[str] | None, where: Any) -> list[str]:
     """Give a denoiser the weights of a checkpoint.
 
-    A fixed position table is that of the denoiser's own grid; a learned one is resized (bicubic). The label table is
-    copied, by name where the class names of both sides are known and are other ones or in another order; with another
-    number of classes the null row is always copied, and rows of classes that the checkpoint does not know keep the
-    denoiser's initialisation.
+    A fixed position table is that of the denoiser's own grid; a learned one is resized (bicubic). The row of the null
+    class is always copied. Rows of classes are copied by name where the class names of both sides are known, and those
+    of classes that the checkpoint does not know keep the denoiser's initialisation. Where names are unknown they are
+    copied by number if there are as many, else not at all.
 
     Args:
         denoiser: to be given weights, in place.
@@ -83,12 +83,15 @@ def fit_labels(
     if key not in state or key not in own or state[key].shape[1] != own[key].shape[1]:
         return []  # for check_shapes to refuse
     theirs, table = state[key], own[key].clone()
+    if theirs.shape == table.shape:
+        if names and names == known:
+            return []
+        if not names or not known:
+            silent = (
+                "the store does not name" if known else "the checkpoint does not name" if names else "neither names"
+            )
+            return [f"Labels: {len(table) - 1} classes, copied by number, as {silent} them"]
     pairs = same_names(names, known)  # (our row, their row)
-    if theirs.shape == table.shape and len(pairs) < len(table) - 1:
-        return []  # the same number of classes, and nothing known that would tell them apart
-    moved = theirs.shape != table.shape or any(ours != other for ours, other in pairs)
-    if not moved:
-        return []
     for row, other in (*pairs, (-1, -1)):
         table[row] = theirs[other].to(table.dtype)
     state[key] = table
