@@ -11,19 +11,22 @@ import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ditlit.data import LatentDataModule
-from ditlit.data.folders import check_writable
+from ditlit.data.folders import check_writable, is_remote, open_folder
 from ditlit.errors import InputError
 from ditlit.training import CheckpointFiles, DiTModule, Heartbeat, Interrupted, StopOnSignal
 from ditlit.training.checkpoint_files import newest_complete, set_aside
 from ditlit.training.curves import RunLogger
 from ditlit.training.devices import launched, prepare_ddp
 from ditlit.training.nonfinite import Diverged
+from ditlit.training.run_folder import CONFIG, checkpoint_folders, find_checkpoint, run_folder, trace_of_a_run
+from ditlit.training.saving import with_checkpoints
 
 DESCRIPTIONS = {
     "fit": """Train a DiT. Example: ditlit fit --config xl2.yaml --data.store /data/imagenet-latents
@@ -105,15 +108,23 @@ class SaveFitConfig(SaveConfigCallback):
         super().__init__(parser, config, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Nothing yet: a run that is refused leaves the configuration of the one before."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            open_folder(trainer.default_root_dir).write(CONFIG, self.text().encode())
+            self.save_config(trainer, pl_module, "fit")
+
+    def text(self) -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # jsonargparse has another name for skip_none from 4.49 on
+            return self.parser.dump(self.config, skip_none=False)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Show it in TensorBoard too."""
-        text = self.parser.dump(self.config, skip_none=False)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("config", f"```yaml\n{text}\n```")
+                logger.experiment.add_text("config", f"```yaml\n{self.text()}\n```")
 
 
 class DitlitCLI(LightningCLI):
@@ -156,6 +167,19 @@ class DitlitCLI(LightningCLI):
             default=False,
             help="Write checkpoints while training goes on. The CPU's memory must hold one.",
         )
+        parser.add_argument(
+            "--save_every",
+            type=int | None,
+            default=None,
+            help="Write last.ckpt, from which a run continues, every so many optimizer steps, and not only where "
+            "training ends.",
+        )
+        parser.add_argument(
+            "--keep_every",
+            type=int | None,
+            default=None,
+            help="Keep a checkpoint every so many optimizer steps, as step=00050000.ckpt.",
+        )
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
@@ -187,7 +211,13 @@ class DitlitCLI(LightningCLI):
         if self._default_logger:
             kwargs["logger"] = RunLogger(settings.default_root_dir, name="", version="")
         kwargs |= launched(settings)
+        if settings.enable_checkpointing is not False:
+            periods = (self._get(self.config_init, name) for name in ("save_every", "keep_every"))
+            kwargs["callbacks"] = with_checkpoints(settings.callbacks, *periods)
         trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # not in a logger's folder
+                callback.dirpath = os.path.join(trainer.default_root_dir, "checkpoints")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no other one in trainer.plugins
             trainer.strategy.checkpoint_io = CheckpointFiles(self._get(self.config_init, "save_in_background"))
         prepare_ddp(trainer, self.model)
@@ -206,10 +236,13 @@ class DitlitCLI(LightningCLI):
             return
         if int(os.environ.get("SLURM_RESTART_COUNT", 0)):
             self.config_init[self.subcommand]["ckpt_path"] = "last"
-        elif any(path.is_file() for folder in self._checkpoint_folders() for path in folder.glob("*.ckpt")):
+            return
+        trace = trace_of_a_run(run_folder(self.trainer), checkpoint_folders(self.trainer))
+        if trace is not None:
+            anew = "" if trace.suffix == ".ckpt" else "; it has no checkpoint, so that --ckpt_path last starts it anew"
             raise InputError(
                 f"{self.trainer.default_root_dir} holds a run already. Continue it with --ckpt_path last, choose "
-                "another folder with --trainer.default_root_dir, or delete it"
+                f"another folder with --trainer.default_root_dir, or delete it (there is {trace}{anew})"
             )
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -228,11 +261,15 @@ class DitlitCLI(LightningCLI):
             raise InputError(own_words(error)) from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """The arguments of a command, with ``last`` resolved to the newest checkpoint that is whole."""
+        """The arguments of a command, with the checkpoint that is meant: ``last`` is the newest that is whole."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if kwargs.get("ckpt_path") != "last" or self._is_remote():
+        given = kwargs.get("ckpt_path")
+        if given is None or is_remote(given) or (given in ("last", "best") and self._is_remote()):
             return kwargs
-        folders = self._checkpoint_folders()
+        folders = checkpoint_folders(self.trainer)
+        if given != "last":
+            kwargs["ckpt_path"] = find_checkpoint(given, subcommand, folders)
+            return kwargs
         found = newest_complete(folders)
         kwargs["ckpt_path"] = None
         if found is not None:
@@ -251,9 +288,4 @@ class DitlitCLI(LightningCLI):
 
     def _is_remote(self) -> bool:
         """Whether the run's folder is at a URL; what is there is left to Lightning."""
-        return "://" in str(self.trainer.default_root_dir)
-
-    def _checkpoint_folders(self) -> list[Path]:
-        """Where this run's checkpoints are: in its own folder, unless a ModelCheckpoint is told otherwise."""
-        given = [callback.dirpath for callback in self.trainer.checkpoint_callbacks]
-        return [Path(self.trainer.default_root_dir) / "checkpoints", *(Path(folder) for folder in given if folder)]
+        return is_remote(self.trainer.default_root_dir)

@@ -1,6 +1,7 @@
 """A small latent store and a module small enough to train in a test."""
 
 import logging
+import sys
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from weights import LATENTS, contents_of
 
 from ditlit import checkpoints
 from ditlit.checkpoints.safetensors_files import write_safetensors
+from ditlit.cli import DitlitCLI
 from ditlit.data import LatentDataModule, write_store
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.models import DiT
@@ -78,6 +80,22 @@ def make_trainer(tmp_path):
         return Trainer(**(settings | changes))
 
     return make
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """The arguments with which a command line, on a run in ``tmp_path``, would call the trainer."""
+    monkeypatch.setattr(DitlitCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.setattr(sys, "argv", ["ditlit"])
+
+    def arguments(subcommand, *args):
+        folder = ["--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu"]
+        with torch.device("meta"):
+            cli = DitlitCLI([subcommand, "--config", "digits.yaml", *folder, *args])
+        getattr(cli, f"before_{subcommand}", lambda: None)()
+        return cli._prepare_subcommand_kwargs(subcommand)
+
+    return arguments
 
 
 @pytest.fixture

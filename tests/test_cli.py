@@ -216,7 +216,7 @@ def test_fit_then_validate_and_predict(tmp_path):
     """The quickstart's path, shortened: the commands hand over to each other through the run's folder."""
     config = yaml.safe_load((ROOT / "configs" / "digits.yaml").read_text())
     config["trainer"] |= dict(max_steps=4, val_check_interval=2)
-    config["trainer"]["callbacks"][-1]["init_args"]["every_n_train_steps"] = 2
+    config["save_every"] = 2
     config["model"]["sampling"]["num_steps"] = 2
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
     fit = ditlit("fit", "--config", "short.yaml", cwd=tmp_path)

@@ -90,7 +90,7 @@ def test_a_model_checkpoint_keeps_the_best_by_it_and_loggers_get_it_at_its_step(
         callbacks=[make_callback(every_n_steps=1), best], enable_checkpointing=True, logger=logger, log_every_n_steps=50
     )
     trainer.fit(make_module(), datamodule)
-    reports = sorted(Path(logger.log_dir).glob("evaluations/*.json"))
+    reports = sorted(tmp_path.glob("evaluations/*.json"))
     values = [json.loads(path.read_text())["metrics"]["Frechet distance (Colours)"] for path in reports]
     assert len(values) == 4 and best.best_model_score.item() == pytest.approx(min(values), rel=1e-5)
     assert f"step={1 + int(np.argmin(values))}" in best.best_model_path

@@ -3,7 +3,6 @@
 import os
 import signal
 import stat
-import sys
 import time
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ditlit.cli import DitlitCLI
 from ditlit.data import LatentDataModule
 from ditlit.errors import InputError
 from ditlit.training import CheckpointFiles, Interrupted, StopOnSignal
@@ -121,22 +119,6 @@ def test_a_slurm_job_is_requeued(fit, tmp_path, monkeypatch):
     assert (tmp_path / "called").read_text().split("\n") == ["requeue 7", "requeue 8_3", ""]
     scontrol.write_text("#!/bin/sh\necho Access denied >&2; exit 1\n")
     assert requeue() == "SLURM did not requeue job 8_3 (Access denied); submit it again with --ckpt_path last"
-
-
-@pytest.fixture
-def command(monkeypatch, tmp_path):
-    """The arguments with which a command line, on a run in ``tmp_path``, would call the trainer."""
-    monkeypatch.setattr(DitlitCLI, "_run_subcommand", lambda self, subcommand: None)
-    monkeypatch.setattr(sys, "argv", ["ditlit"])
-
-    def arguments(subcommand, *args):
-        folder = ["--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu"]
-        with torch.device("meta"):
-            cli = DitlitCLI([subcommand, "--config", "digits.yaml", *folder, *args])
-        getattr(cli, f"before_{subcommand}", lambda: None)()
-        return cli._prepare_subcommand_kwargs(subcommand)
-
-    return arguments
 
 
 def test_a_requeued_job_continues_and_any_other_new_run_is_refused(command, tmp_path, monkeypatch):

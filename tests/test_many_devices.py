@@ -20,6 +20,7 @@ from test_resume import assert_same
 
 from ditlit import checkpoints
 from ditlit.errors import InputError
+from ditlit.training.checkpoint_files import step_of
 from ditlit.training.devices import launched, prepare_ddp, split
 
 STATES = ("state_dict", "current_model_state")
@@ -77,6 +78,7 @@ def test_any_number_of_processes_trains_the_run_of_one(tmp_path, store, one, str
     folder = fit(tmp_path / "run", store, ranks, strategy, accumulate_grad_batches=accumulate)
     assert len(norms(folder)) == ranks and max(norms(folder)[0]) > 0.3 > min(norms(folder)[0])  # clipped, and not
     assert_close(folder, one)
+    assert step_of(folder / "checkpoints" / "last.ckpt") == 6
 
 
 def test_a_checkpoint_of_shards_is_that_of_any_run(one, sharded):
@@ -88,6 +90,15 @@ def test_a_checkpoint_of_shards_is_that_of_any_run(one, sharded):
     with torch.no_grad():
         outputs = [model.denoiser(x, t, y) for model in loaded]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_end_of_a_run_is_saved_as_its_last_step_is(one, sharded):
+    for folder in (one, sharded):
+        ours, theirs = torch.load(folder / "checkpoints" / "last.ckpt"), checkpoint(folder)
+        assert not (folder / "checkpoints" / "last-previous.ckpt").exists()
+        for key in (*STATES, "averaging_state", "optimizer_states", "lr_schedulers", "global_step"):
+            assert_same(ours[key], theirs[key], key)
+        assert_same(ours["loops"]["fit_loop"], theirs["loops"]["fit_loop"])
 
 
 @pytest.mark.parametrize(("strategy", "ranks"), [("auto", 1), ("ddp", 2), ("fsdp2", 4)])

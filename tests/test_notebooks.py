@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
     config["model"]["denoiser"]["init_args"] |= dict(hidden_size=32, depth=2, num_heads=2)
     config["model"]["sampling"]["num_steps"] = 5
     config["trainer"] |= dict(max_steps=60, val_check_interval=30, log_every_n_steps=10)
-    config["trainer"]["callbacks"][-1]["init_args"]["every_n_train_steps"] = 30
+    config["save_every"] = 30
     (root / "small.yaml").write_text(yaml.safe_dump(config))
     (root / "notebooks").mkdir()
     book = execute("quickstart", root / "notebooks", CONFIG=str(root / "small.yaml"))

@@ -119,7 +119,7 @@ def test_killed_and_continued(tmp_path, store, devices, kill_at):
         assert before[rank] == lines[: 2 * kill_at]
         assert after[rank] == lines[2 * resumed_from :]
     checkpoints = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (whole, broken)]
-    assert checkpoints[0]["global_step"] == 12
+    assert checkpoints[0]["global_step"] == 14
     for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
         assert_same(checkpoints[0][key], checkpoints[1][key], key)
 
@@ -142,7 +142,7 @@ def test_one_rank_is_told_to_stop_and_the_newest_checkpoint_is_damaged(tmp_path,
     assert f"{last} is damaged and passed over" in log and Path(f"{last}.damaged").is_file()
     assert f"Continuing from {last.with_name('last-previous.ckpt')}, step 8, the newest whole checkpoint" in log
     checkpoints = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (whole, broken)]
-    assert checkpoints[0]["global_step"] == checkpoints[1]["global_step"] == 12
+    assert checkpoints[0]["global_step"] == checkpoints[1]["global_step"] == 14
     for key in ("state_dict", "current_model_state"):
         assert all(torch.equal(value, checkpoints[1][key][name]) for name, value in checkpoints[0][key].items())
 

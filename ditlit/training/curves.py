@@ -21,6 +21,11 @@ class RunLogger(TensorBoardLogger):
             threading.excepthook = report_thread
         return writer
 
+    def save(self) -> None:
+        """Nothing before the first curve, so that a run that is refused leaves no file."""
+        if self._experiment is not None:
+            super().save()
+
 
 def report_thread(args: threading.ExceptHookArgs) -> None:
     """Errors of threads as ever, but for those of TensorBoard's writer, which :class:`Events` puts in one line."""

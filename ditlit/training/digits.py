@@ -5,7 +5,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ditlit.data.digits import DigitJudge
 from ditlit.data.vae import load_decoder
-from ditlit.training.pictures import draw_images, run_folder
+from ditlit.training.pictures import draw_images
+from ditlit.training.run_folder import run_folder
 
 
 class DigitsReport(Callback):

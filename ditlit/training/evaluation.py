@@ -20,7 +20,8 @@ from ditlit.evaluation.passport import passport, write_report
 from ditlit.evaluation.protocol import Results, check_side, chosen_metrics, layers_of, measure, title
 from ditlit.evaluation.sources import Source, content_hash, open_source
 from ditlit.training.devices import gathered
-from ditlit.training.pictures import draw_images, run_folder
+from ditlit.training.pictures import draw_images
+from ditlit.training.run_folder import run_folder
 
 CHUNK = 512  # images held at once; fixed, so that the same are drawn on any number of devices
 

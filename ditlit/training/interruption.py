@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ditlit.training.checkpoint_files import CheckpointFiles
+from ditlit.training.saving import last_checkpoint
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 SAME_SIGNAL = 1.0  # seconds: launchers pass on a Ctrl-C that the terminal has sent to all processes already
@@ -109,8 +110,7 @@ class StopOnSignal(Callback):
         self._handlers = {}
 
     def _stop(self, trainer: Trainer, signum: int) -> None:
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-        path = os.path.join(folder or os.path.join(trainer.default_root_dir, "checkpoints"), "last.ckpt")  # or a URL
+        path = last_checkpoint(trainer)
         trainer.save_checkpoint(path)
         files = trainer.strategy.checkpoint_io
         failed = files.error if isinstance(files, CheckpointFiles) else None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ditlit.data.sampler import TrainOrder
 from ditlit.training.checkpoint_files import CheckpointFiles, newest_complete
 from ditlit.training.devices import is_sharded, local, reshard
-from ditlit.training.pictures import run_folder
+from ditlit.training.run_folder import run_folder
 
 REPORT = "nonfinite.json"
 MAX_REPORTED = 100  # steps explained in one run
@@ -171,12 +171,13 @@ def fetched(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 def last_good(trainer: Trainer, step: int) -> Path | None:
     """The newest whole checkpoint of at most ``step`` steps; looked for on rank 0 only."""
-    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-    if not trainer.is_global_zero or folder is None:
+    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    folders = [Path(folder) for folder in folders if folder]
+    if not trainer.is_global_zero:
         return None
     if isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
         trainer.strategy.checkpoint_io.finish()
-    found = newest_complete([Path(folder)], at_most=step)
+    found = newest_complete(folders, at_most=step)
     return None if found is None or found[0].is_dir() else found[0]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ditlit.data.vae import Decoder, load_decoder
 from ditlit.errors import InputError, check_positive
 from ditlit.pictures import grid_of, save_png, to_uint8
+from ditlit.training.run_folder import run_folder
 
 
 class SampleGrid(Callback):
@@ -126,8 +127,3 @@ def draw_images(
     gathered = trainer.strategy.all_gather(torch.cat(images))  # (ranks, per_rank, C, H, W), or without ranks for one
     gathered = gathered.reshape(ranks, per_rank, *gathered.shape[-3:])
     return gathered.transpose(0, 1).flatten(0, 1)[: len(labels)].cpu()  # sample i was drawn on rank i % ranks
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """Where a run keeps its files. The ranks agree on it: all of them must ask."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
