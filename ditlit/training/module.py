@@ -27,7 +27,15 @@ from ditlit.training.devices import split, whole
 from ditlit.training.draws import StepDraws
 from ditlit.training.ema import EMA
 from ditlit.training.nonfinite import SkipNonFinite
-from ditlit.training.resuming import begin_at_whole_step, count_as_saved
+from ditlit.training.resuming import (
+    begin_at_whole_step,
+    check_same_classes,
+    check_same_vae,
+    count_as_saved,
+    forget_absent_callbacks,
+    optimizer_settings,
+    take_settings,
+)
 
 GOLDEN_RATIO = 0.6180339887498949
 VALIDATION_SEED = 0  # of the validation noise; the same in every run, so that curves compare
@@ -87,6 +95,8 @@ class DiTModule(LightningModule):
         self.compile_blocks = compile
         self.skip_non_finite = SkipNonFinite(max_bad_steps)
         self.grad_norm: Tensor | None = None  # of the latest optimizer step, before clipping
+        self._resumed: dict[str, Any] | None = None  # the checkpoint, until its optimizer is about to be loaded
+        self._optimizer_settings: dict[str, Any] = {}  # of this fit
         # x0 = (latent - shift) * scale, from the store. No buffers, which 16-bit training would round: see _apply.
         self.latent_shift = torch.zeros(denoiser.in_channels, 1, 1, dtype=torch.float32)
         self.latent_scale = torch.ones(denoiser.in_channels, 1, 1, dtype=torch.float32)
@@ -117,7 +127,7 @@ class DiTModule(LightningModule):
         if stage == "fit" and self.compile_blocks:
             compile_blocks(self.denoiser, self.trainer.strategy.root_device)
         if stage == "fit" and self.init_from is not None:
-            self.initialize(self.init_from, getattr(manifest, "class_names", None))
+            self.initialize(self.init_from, manifest)
 
     def configure_model(self) -> None:
         if self._trainer is not None:  # load_from_checkpoint has none
@@ -146,10 +156,12 @@ class DiTModule(LightningModule):
             per_channel(values, self.denoiser.in_channels).to(self.latent_shift.device) for values in (shift, scale)
         )
 
-    def initialize(self, source: str, class_names: list[str] | None) -> None:
+    def initialize(self, source: str, manifest: Manifest | None) -> None:
         """Take the weights of ``source``, before training; the moving average starts from them."""
         contents = checkpoints.read(source)
-        for line in checkpoints.initialize(self.denoiser, contents, class_names, source):
+        if manifest is not None:
+            check_same_vae(contents.latents, manifest, source, self.trainer.datamodule.store)
+        for line in checkpoints.initialize(self.denoiser, contents, getattr(manifest, "class_names", None), source):
             rank_zero_info(line)
         self.init_from = None  # a second fit of this module continues
         if self.ema is not None:
@@ -166,6 +178,12 @@ class DiTModule(LightningModule):
         }
 
     # Training ----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self._optimizer_settings = optimizer_settings(self.trainer)
+        if self._resumed is not None:
+            take_settings(self.trainer, self._resumed, self._optimizer_settings)
+        self._resumed = None
 
     def on_train_start(self) -> None:
         count_as_saved(self.trainer)
@@ -286,6 +304,8 @@ class DiTModule(LightningModule):
             "seed": self.seed,
         }
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
+        if self._optimizer_settings:
+            checkpoint["optimizer_settings"] = self._optimizer_settings
         checkpoint["latents"] = self._latents()
         manifest = getattr(self.trainer.datamodule, "manifest", None)
         if manifest is not None:
@@ -295,6 +315,9 @@ class DiTModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._trainer is not None and "loops" in checkpoint:
             begin_at_whole_step(checkpoint, self.trainer.accumulate_grad_batches)
+            forget_absent_callbacks(self.trainer, checkpoint)
+            if self.trainer.state.fn == "fit" and "optimizer_states" in checkpoint:
+                self._resumed = checkpoint
         trained_on = {name: checkpoint["latents"][name] for name in ("shift", "scale")}
         if self._trainer is None or getattr(self.trainer.datamodule, "manifest", None) is None:
             self._take_latents(**trained_on)
@@ -303,6 +326,10 @@ class DiTModule(LightningModule):
                 f"the checkpoint was trained on latents with {trained_on}, but the store "
                 f"{self.trainer.datamodule.store} has {self._latents()}; use latents of the same VAE and normalisation"
             )
+        else:
+            data, where = self.trainer.datamodule, f"the checkpoint {self.trainer.ckpt_path}"
+            check_same_vae(checkpoint["latents"], data.manifest, where, data.store)
+            check_same_classes(checkpoint["latents"], data.manifest, where, data.store)
 
     def _latents(self) -> dict[str, list[float]]:
         return {"shift": self.latent_shift.flatten().tolist(), "scale": self.latent_scale.flatten().tolist()}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ditlit.data.sampler import TrainOrder
 from ditlit.training.checkpoint_files import CheckpointFiles, newest_complete
 from ditlit.training.devices import is_sharded, local, reshard
+from ditlit.training.resuming import keep_settings
 from ditlit.training.run_folder import run_folder
 
 REPORT = "nonfinite.json"
@@ -188,6 +189,7 @@ def restore(trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
         trainer.strategy.load_model_state_dict(checkpoint)
     else:
         pl_module.ema.on_load_checkpoint(trainer, pl_module, checkpoint)
+    keep_settings(trainer, checkpoint)
     trainer.strategy.load_optimizer_state_dict(checkpoint)
 
 
