@@ -159,7 +159,7 @@ class DitlitCLI(LightningCLI):
             type=Literal["highest", "high", "medium"],
             default="highest",
             help="of float32 matrix products on GPUs: highest is float32, high is TF32, medium bf16. Products "
-            "in 16 bits (trainer.precision bf16-mixed) are not concerned.",
+            "in 16 bits (trainer.precision bf16-mixed) are not concerned. The VAE follows, highest being float32.",
         )
         parser.add_argument(
             "--save_in_background",

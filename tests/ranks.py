@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 from lightning.pytorch import Callback
+from lightning.pytorch.loops import utilities
 from weights import contents_of
 
 from ditlit.checkpoints.safetensors_files import write_safetensors
@@ -60,6 +61,13 @@ class Poison(Callback):
     def break_gradient(self, module, args, output):
         if self.now and output.requires_grad:
             output.register_hook(lambda grad: grad * torch.inf)
+
+
+class InferenceModeAsOnGPUs(Callback):
+    """Lightning evaluates in inference mode, which it avoids where gloo communicates."""
+
+    def __init__(self):
+        utilities._distributed_is_initialized = lambda: False
 
 
 def torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:

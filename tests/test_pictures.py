@@ -9,11 +9,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ditlit.data import DigitsDataModule, LatentDataModule, write_store
-from ditlit.data.vae import load_decoder, weights_hash
+from ditlit.data.vae import Autoencoder, load_decoder, weights_hash
 from ditlit.errors import InputError
 from ditlit.models import DiT
 from ditlit.pictures import to_uint8
-from ditlit.training import SampleGrid
+from ditlit.training import SampleGrid, SampleMetrics
 
 
 @pytest.fixture
@@ -106,6 +106,36 @@ def test_latents_are_decoded_by_the_vae_of_the_store(make_module, make_trainer, 
         make_module(), LatentDataModule(str(tmp_path / "s"), global_batch_size=8)
     )
     assert grid(tmp_path / "samples" / "step-00000004.png").shape == (5 * 18 + 2, 20, 3)  # 16x16 pictures
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_latents_are_the_same_picture_whatever_the_training_precision(
+    make_module, make_trainer, vae, tmp_path, precision, monkeypatch
+):
+    """Autocast would round what the VAE computes, and with fp16 end in NaN."""
+    model, folder = vae
+    about = {"class": "AutoencoderTiny", "source": folder, "hash": weights_hash(model)}
+    write_store(tmp_path / "s", torch.randn(16, 3, 8, 8), torch.arange(16) % 5, 5, vae=about)
+    data = LatentDataModule(str(tmp_path / "s"), val_size=4, global_batch_size=8, predict_samples=3)
+    np.savez(tmp_path / "real.npz", arr_0=np.zeros((6, 16, 16, 3), dtype=np.uint8))
+    decoded, decode = [], Autoencoder.decode
+
+    def spied(self, latents):
+        decoded.append((latents, decode(self, latents)))
+        return decoded[-1][1]
+
+    monkeypatch.setattr(Autoencoder, "decode", spied)
+    metrics = SampleMetrics(str(tmp_path / "real.npz"), every_n_steps=1, num_samples=4, num_workers=0,
+                            extractor="extractor.Colours", cache=str(tmp_path / "cache"))  # fmt: skip
+    trainer = make_trainer(callbacks=[SampleGrid(every_n_steps=1, per_class=1), metrics], max_steps=1,
+                           precision=precision)  # fmt: skip
+    module = make_module()
+    trainer.fit(module, data)
+    trainer.predict(module, data)
+    assert len(decoded) == 3  # a grid, samples to measure, a prediction
+    for latents, images in decoded:
+        assert latents.dtype == images.dtype == torch.float32
+        assert torch.equal(images, model.to(memory_format=torch.channels_last).decode(latents).sample.clamp(-1, 1))
 
 
 def test_a_wrong_or_missing_vae_stops_the_run_before_it_starts(make_module, make_trainer, vae, tmp_path):

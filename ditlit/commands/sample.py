@@ -85,7 +85,8 @@ def sample(
         guidance_interval: guide only at timesteps between these two.
         seed: of all noise.
         batch_size: images drawn at once on each device.
-        precision: of the denoiser. tf32 is float32 with fast matrix products on GPUs.
+        precision: of the denoiser. tf32 is float32 with fast matrix products on GPUs, in the VAE too, which is float32
+            otherwise.
         compile: compile the denoiser, which pays for many images.
         vae: folder or hub name of the VAE, instead of the one that the checkpoint names.
         decode_batch_size: images decoded at once.

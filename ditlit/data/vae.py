@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ditlit.errors import InputError
+from ditlit.precision import convolutions_as_products
 
 # Raw latents (N, C, H, W) -> images (N, 3 or 1, H', W') in [-1, 1].
 Decoder = Callable[[Tensor], Tensor]
@@ -62,6 +63,10 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 
 class Autoencoder:
     """Encodes pictures to raw latents, or to the moments of their posterior, and decodes raw latents.
+
+    Its weights are float32. It decodes in float32 whatever surrounds it, so that the same latents are the same picture
+    everywhere; autocast of the caller rounds what it encodes. On GPUs its convolutions are float32 too, or TF32 where
+    float32 matrix products are allowed to be.
 
     Args:
         source: folder or name of a diffusers autoencoder; ``pixels`` for none, where the picture itself is the latent.
@@ -131,7 +136,7 @@ class Autoencoder:
         return (output.latents if hasattr(output, "latents") else output.latent).float()  # (N, C, H, W)
 
     def _encoded(self, images: Tensor) -> Any:
-        with torch.inference_mode():
+        with torch.inference_mode(), convolutions_as_products():
             return self.model.encode(images)
 
     @torch.inference_mode()
@@ -139,7 +144,8 @@ class Autoencoder:
         """Raw latents (N, C, H, W) to images (N, 3, H', W') in [-1, 1]."""
         if self.model is None:
             return latents.float().clamp(-1, 1)
-        return self.model.decode(latents.float()).sample.float().clamp(-1, 1)
+        with torch.autocast(latents.device.type, enabled=False), convolutions_as_products():
+            return self.model.decode(latents.float()).sample.float().clamp(-1, 1)
 
 
 def load_autoencoder(vae: dict[str, Any] | None, source: str | None = None) -> Autoencoder:

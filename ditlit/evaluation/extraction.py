@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from ditlit.errors import InputError
 from ditlit.evaluation.extractors import Extractor, Features
 from ditlit.evaluation.images import Images
+from ditlit.precision import float32_products
 
 
 class Batches(Dataset):
@@ -93,15 +94,9 @@ def extract(
 
 def features_of(images: Tensor, extractor: Extractor, layers: Sequence[str]) -> Features:
     """Features of bytes (N, 3, H, W) in true float32: a GPU's shortened products would show in the third digit."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
-            return extractor(images, layers)
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+    exactly = float32_products(tf32=False)
+    with exactly, torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
+        return extractor(images, layers)
 
 
 def agreed(widths: dict[str, int], problem: str) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Drawing latents and images from a loaded checkpoint."""
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from ditlit.diffusion.sampling import StepCallback
 from ditlit.errors import InputError
 from ditlit.generation.onednn import fuse
 from ditlit.pictures import to_uint8
+from ditlit.precision import float32_products
 
 Precision = Literal["32", "tf32", "bf16", "fp16"]
 WEIGHTS = {"32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,7 +52,7 @@ class Drawer:
         seed: of all noise.
         device: to draw on.
         precision: of the denoiser: 32, tf32 (float32 with fast matrix products on GPUs), bf16 or fp16. The samplers'
-            own arithmetic is float32 always.
+            own arithmetic is float32 always, and so is the VAE's, with fast products for tf32 only.
         decode: from raw latents to images in [-1, 1]; None to draw latents only.
         decode_batch_size: images decoded at once.
         compile: compile the denoiser.
@@ -115,7 +116,8 @@ class Drawer:
     def images(self, latents: Tensor) -> Tensor:
         """Raw latents (N, C, H, W) to bytes (N, 3 or 1, H', W') on the CPU, decoded in slices."""
         size = self.decode_batch_size
-        with enough_memory("--decode_batch_size, or set --vae_tiling true", min(size, len(latents))):
+        enough = enough_memory("--decode_batch_size, or set --vae_tiling true", min(size, len(latents)))
+        with matmul_precision(self.precision), enough:
             return torch.cat([to_uint8(self.decode(part)).cpu() for part in latents.split(size)])
 
 
@@ -128,11 +130,5 @@ def enough_memory(setting: str, size: int):
         raise InputError(f"out of memory with {size} at once: lower {setting} ({error})") from error
 
 
-@contextmanager
-def matmul_precision(precision: Precision):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def matmul_precision(precision: Precision) -> AbstractContextManager[None]:
+    return float32_products(tf32=precision == "tf32")

@@ -114,6 +114,13 @@ class FSDP2(ModelParallelStrategy):
         self._data_parallel_size = self.world_size
         super().setup_environment()
 
+    def setup(self, trainer: Trainer) -> None:
+        # torch's shards count the versions of their tensors, which inference mode does not let them do. (Lightning does
+        # without it where gloo communicates.)
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+        super().setup(trainer)
+
     def shard(self, denoiser: nn.Module) -> None:
         """Shard a denoiser in place, block by block (as one where it has no ``blocks``); once only."""
         if isinstance(denoiser, FSDPModule):
