@@ -23,12 +23,15 @@ def float32_products(tf32: bool) -> Iterator[None]:
 @contextmanager
 def convolutions_as_products() -> Iterator[None]:
     """Inside, float32 convolutions on GPUs are as exact as matrix products are set to be, which PyTorch sets apart."""
-    if HAS_WORDS:
-        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    else:
-        tf32 = torch.get_float32_matmul_precision() != "highest"
-    with convolutions(tf32):
+    with convolutions(tf32_products()):
         yield
+
+
+def tf32_products() -> bool:
+    """Whether float32 matrix products on GPUs may be TF32 now."""
+    if HAS_WORDS:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from ditlit.benchmarking import batch_size, sampling, training
 from ditlit.benchmarking import benchmark as benchmarking
 from ditlit.benchmarking.batch_size import accumulation, largest_batch
 from ditlit.benchmarking.benchmark import Benchmark, Settings
-from ditlit.benchmarking.ceiling import Products, product_dtype
+from ditlit.benchmarking.ceiling import Products
 from ditlit.benchmarking.cli import BenchmarkCLI
 from ditlit.benchmarking.contenders import DiffusersDiT, DiffusersTraining, check_comparable
 from ditlit.benchmarking.gauges import PROCESS, PeakMemory, Spread
@@ -25,6 +25,7 @@ from ditlit.data import DigitsDataModule, LatentDataModule
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.errors import InputError
 from ditlit.models import DiT, compiling, macs
+from ditlit.training.peaks import product_dtype
 
 FAST = ("--config", "digits.yaml", "--trainer.accelerator", "cpu", "--warmup", "2", "--repeats", "3",
         "--data.global_batch_size", "8", "--model.denoiser.depth", "1")  # fmt: skip

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "checkpoints": {"errors", "models", "diffusion"},
     "generation": {"errors", "models", "diffusion", "data", "pictures", "precision"},
     "evaluation": {"errors", "data", "pictures", "precision"},
-    "training": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "evaluation"},
+    "training": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "precision", "evaluation"},
     "analysis": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "generation", "evaluation"},
     "benchmarking": {"errors", "models", "diffusion", "data", "checkpoints", "generation", "training", "cli"},
     "commands": {

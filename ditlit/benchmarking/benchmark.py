@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from ditlit.benchmarking.batch_size import accumulation, largest_batch, ran_out
-from ditlit.benchmarking.ceiling import Products, product_dtype
+from ditlit.benchmarking.ceiling import Products
 from ditlit.benchmarking.contenders import DiffusersDiT, DiffusersTraining, check_comparable
 from ditlit.benchmarking.plan import Measured, Plan, Reason, plan_rows, share_of_gpu
 from ditlit.benchmarking.report import TRAINING_PASSES, Ceiling, LargestBatch, Machine, Measurand, Report, Speed
@@ -34,6 +34,7 @@ from ditlit.errors import InputError, check_positive
 from ditlit.models import DiT, macs, num_parameters
 from ditlit.training import DiTModule
 from ditlit.training.devices import PRECISIONS
+from ditlit.training.peaks import product_dtype
 
 Build = Callable[[], Subject]
 CEILING = "matrix products"

@@ -46,10 +46,3 @@ class Products:
     def __call__(self) -> None:
         for _ in range(self.count):
             F.linear(F.linear(self.x, self.up), self.down)  # (N*T, D)
-
-
-def product_dtype(precision: str) -> torch.dtype:
-    """In which type a trainer of this precision multiplies matrices."""
-    if "bf16" in precision:
-        return torch.bfloat16
-    return {"16": torch.float16, "64": torch.float64}.get(precision.split("-")[0], torch.float32)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ditlit.benchmarking.gauges import Moment, PeakMemory, Spread, free, mark, num_bytes, seconds_between
 from ditlit.benchmarking.plan import States
 from ditlit.training import DiTModule
-from ditlit.training.monitor import peak_flops
+from ditlit.training.peaks import peak_of
 
 # The user's Trainer on one device, without what saves, draws, logs and validates, and without an early end.
 ONLY_STEPS = {
@@ -158,7 +158,7 @@ class StepTimer(Callback):
         self._device = pl_module.device
         self._memory = PeakMemory(self._device)
         self._memory.start()
-        self._datasheet = peak_flops(trainer, pl_module)
+        self._datasheet = peak_of(trainer, pl_module)
         self._begin = mark(self._device)
 
     def on_train_batch_end(

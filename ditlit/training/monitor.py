@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -12,13 +11,15 @@ from torch import Tensor
 
 from ditlit.models import DiT, macs
 from ditlit.training.overview import write_overview
+from ditlit.training.peaks import peak_of
 
 QUARTILES = 4
 
 
 class TrainingMonitor(Callback):
     """Logs, every ``trainer.log_every_n_steps`` steps, means over the steps since: loss and its terms, loss by quartile
-    of the timestep, images per second and images seen, share of the device's peak (MFU); and the latest gradient norm,
+    of the timestep, images per second and images seen, FLOP/s a device, and their share of its peak (MFU)
+    where that is known; and the latest gradient norm,
     learning rate, and relative distance of the moving average.
 
     TensorBoard also gets a layout of these curves, and the run's settings, model and store.
@@ -30,7 +31,7 @@ class TrainingMonitor(Callback):
         self._sums: Tensor | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._peak = peak_flops(trainer, pl_module)
+        self._peak = peak_of(trainer, pl_module)
         self._flops = 6 * macs(pl_module.denoiser) if isinstance(pl_module.denoiser, DiT) else None
         if trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -93,24 +94,17 @@ class TrainingMonitor(Callback):
             "throughput/images_per_second": rate,
             "throughput/images_seen": trainer.global_step * self._batch * trainer.accumulate_grad_batches,
         }
-        if self._peak and self._flops:
-            metrics["throughput/mfu"] = rate * self._flops / (self._peak * trainer.world_size)
+        shown = {"loss": metrics["train/loss"], "img/s": rate}
+        if self._flops:
+            achieved = rate * self._flops / trainer.world_size  # of each device
+            metrics["throughput/tflops"] = achieved / 1e12
+            if self._peak:
+                metrics["throughput/mfu"] = shown["MFU"] = achieved / self._peak
+            else:
+                shown["TFLOP/s"] = metrics["throughput/tflops"]
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-        shown = {"loss": metrics["train/loss"], "img/s": rate}
         pl_module.log_dict(shown, prog_bar=True, logger=False)
-
-
-def peak_flops(trainer: Trainer, pl_module: LightningModule) -> float | None:
-    """FLOP/s on the datasheet of this device at the training precision, or None where it is not known."""
-    device = pl_module.device
-    if device.type != "cuda":
-        return None
-    precision = str(trainer.precision)
-    dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
-    if "H200" in torch.cuda.get_device_name(device) and dtype != torch.float32:
-        return 989e12  # NVIDIA's datasheet, dense; Lightning's table does not match the name that the driver reports
-    return get_available_flops(device, dtype)
 
 
 class RunProgressBar(TQDMProgressBar):

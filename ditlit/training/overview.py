@@ -28,6 +28,7 @@ LAYOUT = {
     },
     "throughput": {
         "images per second": ["Multiline", ["throughput/images_per_second"]],
+        "TFLOP/s a device": ["Multiline", ["throughput/tflops"]],
         "share of the device's peak": ["Multiline", ["throughput/mfu"]],
     },
     "metrics of samples": {"metrics": ["Multiline", ["eval/.*", "digits/.*"]]},
