@@ -1,4 +1,4 @@
-"""The one exception for mistakes in what the user gave us, and the commonest of them."""
+"""The one exception for mistakes in what the user gave us, the commonest of them, and the grammar of messages."""
 
 
 class InputError(ValueError):
@@ -13,3 +13,9 @@ def check_positive(**numbers: int | None) -> None:
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise InputError(f"{name} must be positive, got {value}")
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with what it counts: 1 class, 2 classes, 1,437 images."""
+    plural = noun + ("es" if noun.endswith(("s", "ch")) else "s")
+    return f"{number:,} {noun if number == 1 else plural}"

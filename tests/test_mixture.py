@@ -114,6 +114,41 @@ def test_chosen_classes_are_renumbered_in_the_order_given(stores):
     assert (batch["latents"][:, 0, 0, 0].int() % K).tolist() == [1, 3] * 3
 
 
+@pytest.mark.parametrize(
+    ("about", "settings", "expected"),
+    [
+        (dict(class_names=NAMES[::-1]), {}, [3, 2, 1, 0]),
+        (dict(class_names=["tiger shark", "ray", "tench", "eel"]), {}, [3, None, 0, None]),
+        (dict(class_names=NAMES[::-1]), dict(classes=["tiger shark", "tench"]), [0, None, None, 1]),
+        (dict(class_names=None), dict(classes=[3, 0]), [1, None, None, 0]),
+        (dict(class_names=None), dict(val_classes="goldfish,0,3,2"), [1, 0, 3, 2]),
+        (dict(class_names=None), dict(val_classes=[1, 0, 3, 2], classes="0,tiger shark"), [None, 0, 1, None]),
+    ],
+)
+def test_validation_samples_get_the_labels_that_training_gives_their_classes(
+    stores, tmp_path, about, settings, expected
+):
+    val = make_store(tmp_path / "c", 0, 12, **about)
+    data = set_up(stores[0], val_store=val, **settings)
+    (batch,) = data.val_dataloader()
+    found = dict(zip((batch["latents"][:, 0, 0, 0].int() % K).tolist(), batch["labels"].tolist(), strict=True))
+    assert [found.get(k) for k in range(K)] == expected
+
+
+def test_a_validation_store_that_lacks_a_class_is_taken(stores, tmp_path):
+    def val(name, class_names):
+        write_store(tmp_path / name, torch.zeros(6, 1, 2, 2), torch.arange(6) % 2, 2, class_names=class_names)
+        return str(tmp_path / name)
+
+    data = set_up(stores[0], val_store=val("named", ["tiger shark", "goldfish"]))
+    (batch,) = data.val_dataloader()
+    assert batch["labels"].tolist() == [3, 1] * 3
+    with pytest.raises(InputError, match=r"has 2 classes, .*a has 4, .*set data.val_classes to the class of"):
+        set_up(stores[0], val_store=val("unnamed", None))
+    with pytest.raises(InputError, match="unnamed has no samples of the classes that are wanted"):
+        set_up(stores[0], val_store=str(tmp_path / "unnamed"), val_classes=[0, 1], classes=[2, 3])
+
+
 @pytest.mark.parametrize("window", [None, 2])
 def test_held_out_samples_are_not_trained_on(stores, window):
     data = set_up(stores[0], val_size=8, classes=[0, 1, 2], shuffle_window=window)
@@ -175,9 +210,9 @@ def test_a_checkpoint_from_before_these_settings_continues(stores):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(classes=["tiger"]), "has no class 'tiger'; it has 'tiger shark', ..."),
-        (dict(classes=[4]), "has the classes 0..3, not 4"),
-        (dict(classes=[]), "at least one class and none twice"),
+        (dict(classes=["tiger"]), "no class 'tiger'; names like it are tiger shark"),
+        (dict(classes=[4]), "no class 4: .*a knows classes 0 to 3"),
+        (dict(classes=[]), "no class is named"),
         (dict(classes=[1, "goldfish"]), "at least one class and none twice"),
         (dict(shuffle_window=0), "shuffle_window must be positive, got 0"),
         (dict(store=[]), "names no store"),

@@ -17,12 +17,13 @@ from PIL import Image
 from ditlit import checkpoints
 from ditlit.commands.sample import sample
 from ditlit.data import LatentDataModule, write_store
+from ditlit.data.classes import parse_classes
 from ditlit.data.store import per_channel
 from ditlit.data.vae import weights_hash
 from ditlit.diffusion import Sampling
 from ditlit.diffusion.sampling import normal, sample_generators
 from ditlit.errors import InputError
-from ditlit.generation.classes import parse_classes, plan_labels
+from ditlit.generation.classes import plan_labels
 from ditlit.generation.drawing import Drawer, enough_memory
 from ditlit.generation.onednn import FusedMLP, fuse
 from ditlit.generation.sheets import slerp
@@ -239,7 +240,7 @@ def test_classes_by_number_and_by_name():
         parse_classes("golfish", 5, NAMES)
     with pytest.raises(InputError, match="no class 5: this model knows classes 0 to 4"):
         parse_classes("5", 5, NAMES)
-    with pytest.raises(InputError, match="the checkpoint knows no names"):
+    with pytest.raises(InputError, match="this model knows no names"):
         parse_classes("ray", 5, None)
 
 

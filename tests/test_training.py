@@ -1,6 +1,8 @@
 """The training step, what it draws, what it logs, and the held-out loss."""
 
 import csv
+import logging
+import re
 
 import pytest
 import torch
@@ -276,3 +278,32 @@ def test_stores_that_do_not_belong_together_are_refused(store, tmp_path):
     write_store(tmp_path / "s", torch.randn(8, 3, 8, 8), torch.arange(8) % 5, 5)
     with pytest.raises(InputError, match="hold different latents: kind is moments and latents"):
         LatentDataModule(store, val_store=str(tmp_path / "s")).setup()
+
+
+def test_a_validation_that_lies_beyond_its_epoch_is_refused_with_the_remedy(make_trainer, make_module, datamodule):
+    trainer = make_trainer(check_val_every_n_epoch=1, val_check_interval=250)
+    message = (
+        "trainer.val_check_interval 250 is counted anew in every epoch, and an epoch has 3 batches: set "
+        "--trainer.check_val_every_n_epoch null"
+    )
+    with pytest.raises(InputError, match=message):
+        trainer.fit(make_module(), datamodule)
+    assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (dict(max_steps=4, val_check_interval=5, accumulate_grad_batches=1), "ends after 4 batches, .* after 5"),
+        (dict(max_steps=4, val_check_interval=5, accumulate_grad_batches=2), None),
+        (dict(max_steps=4, check_val_every_n_epoch=2, val_check_interval=1.0), "ends after 4 batches, .* after 6"),
+        (dict(max_steps=-1, max_epochs=1, check_val_every_n_epoch=2, val_check_interval=3), "ends after 3 .* after 6"),
+        (dict(max_steps=4, check_val_every_n_epoch=1, val_check_interval=0.5), None),
+    ],
+)
+def test_a_run_that_would_never_validate_says_so(make_trainer, make_module, datamodule, settings, told, caplog):
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+    with caplog.at_level(logging.INFO):
+        make_trainer(limit_val_batches=1, **settings).fit(make_module(), datamodule)
+    assert (told is None) == ("before its first validation" not in caplog.text)
+    assert told is None or re.search(told, caplog.text)

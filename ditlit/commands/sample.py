@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ditlit import __version__, checkpoints
 from ditlit.commands.processes import Progress, launch, share
+from ditlit.data.classes import Classes, parse_classes
 from ditlit.data.folders import check_writable
 from ditlit.data.vae import load_autoencoder, weights_hash
 from ditlit.diffusion import Sampling
 from ditlit.errors import InputError, check_positive
-from ditlit.generation.classes import parse_classes, plan_labels
+from ditlit.generation.classes import plan_labels
 from ditlit.generation.drawing import Drawer
 from ditlit.generation.folder import SampleFolder
 from ditlit.generation.sheets import class_sheet, guidance_sheet, noise_sheet
@@ -31,7 +32,7 @@ ANIMATED = 16  # most images in the animation
 def sample(
     ckpt: str,
     out: str,
-    classes: str | None = None,
+    classes: Classes | None = None,
     per_class: int = 8,
     num_samples: int | None = None,
     labels: Literal["balanced", "random"] = "balanced",
@@ -70,8 +71,8 @@ def sample(
         ckpt: a checkpoint of ours, the released DiT weights (.pt), a diffusers folder, a safetensors file, or a name on
             the hub.
         out: folder for the images.
-        classes: numbers or names, separated by commas; by default ten spread over all of them, or all of them with
-            num_samples.
+        classes: numbers or names, separated by commas or as a list; by default ten spread over all of them, or all of
+            them with num_samples. What is the name of a class is taken for the name.
         per_class: images of each class.
         num_samples: so many images in all, instead of per_class.
         labels: with num_samples, whether the classes take turns or are drawn at random.

@@ -1,13 +1,13 @@
 """Several stores read as one, all of their classes or some."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ditlit.data.manifest import Manifest, Shard
+from ditlit.data.classes import Classes, ClassSet, match_classes, parse_classes
+from ditlit.data.manifest import Shard
 from ditlit.data.store import LatentStore
 from ditlit.errors import InputError
 
@@ -17,15 +17,16 @@ class StoreCollection:
 
     Args:
         stores: at least one.
-        classes: numbers or names of the classes to keep; labels are renumbered from 0 in this order.
+        classes: numbers or names of the classes to keep; labels are numbered anew from 0 in this order.
 
     Raises:
         InputError: for stores of different latents or classes, or classes that they do not have.
     """
 
-    def __init__(self, stores: Sequence[LatentStore], classes: Sequence[int | str] | None = None):
+    def __init__(self, stores: Sequence[LatentStore], classes: Classes | None = None):
         for store in stores[1:]:
-            check_same_latents(stores[0].location, stores[0].manifest, store.location, store.manifest)
+            check_same_latents(stores[0], store)
+            check_same_classes(stores[0], store)
         self.stores = stores
         self.manifest = stores[0].manifest
         if len(stores) > 1:
@@ -41,14 +42,13 @@ class StoreCollection:
         self.rows: Tensor | None = None  # of the samples of the chosen classes; None for all
         self.classes: list[int] | None = None  # their numbers in the stores
         if classes is not None:
-            self.classes = chosen = find_classes(classes, self.manifest, stores[0].location)
-            numbers = torch.full((self.manifest.num_classes,), -1)
-            numbers[chosen] = torch.arange(len(chosen))
-            self.labels = numbers[self.labels]
-            self.rows = (self.labels >= 0).nonzero().flatten()
             names = self.manifest.class_names
-            names = None if names is None else [names[k] for k in chosen]
-            self.manifest = replace(self.manifest, num_classes=len(chosen), class_names=names)
+            self.classes = chosen = parse_classes(classes, self.manifest.num_classes, names, stores[0].location)
+            if len(set(chosen)) < len(chosen):
+                raise InputError(f"classes: need at least one class and none twice, got {classes}")
+            place = {number: i for i, number in enumerate(chosen)}
+            numbers = [place.get(number, -1) for number in range(self.manifest.num_classes)]
+            self.number_anew(numbers, len(chosen), None if names is None else [names[k] for k in chosen])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,6 +67,38 @@ class StoreCollection:
         # Stores of different types meet in the smallest type that holds both.
         latents = torch.cat(parts)[torch.cat(places).argsort()]
         return {self.manifest.kind: latents, "labels": self.labels[index]}
+
+    @property
+    def class_set(self) -> ClassSet:
+        """The classes that the stores have, chosen or not."""
+        manifest = self.stores[0].manifest
+        return ClassSet(manifest.num_classes, manifest.class_names, self.stores[0].location)
+
+    def number_anew(self, numbers: Sequence[int], num_classes: int, class_names: list[str] | None) -> None:
+        """Give every class k the label ``numbers[k]`` of ``num_classes``, and leave out the samples where it is -1.
+
+        Raises:
+            InputError: where no sample is left.
+        """
+        self.labels = torch.tensor(numbers)[self.labels]
+        self.rows = (self.labels >= 0).nonzero().flatten()
+        if not len(self.rows):
+            raise InputError(f"{self.stores[0].location} has no samples of the classes that are wanted")
+        self.manifest = replace(self.manifest, num_classes=num_classes, class_names=class_names)
+
+    def number_as(self, other: "StoreCollection", setting: str, given: Classes | None = None) -> None:
+        """Take the labels of another collection, for the classes that it has; see :func:`match_classes`.
+
+        Raises:
+            InputError: where the latents are not of its kind, or it cannot be told which class is which.
+        """
+        check_same_latents(other.stores[0], self.stores[0])
+        numbers = match_classes(self.class_set, other.class_set, setting, given)
+        if other.classes is not None:
+            place = {number: i for i, number in enumerate(other.classes)}
+            numbers = [place.get(number, -1) for number in numbers]
+        if numbers != list(range(self.manifest.num_classes)):
+            self.number_anew(numbers, other.manifest.num_classes, other.manifest.class_names)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Fetch the shards of remote stores, by their number here, in the background."""
@@ -87,31 +119,6 @@ class StoreCollection:
         raise IndexError(number)
 
 
-def find_classes(classes: Sequence[int | str], manifest: Manifest, location: str) -> list[int]:
-    """Numbers of classes given by number or name.
-
-    Raises:
-        InputError: for one that the store does not have, with names like it, or that is given twice.
-    """
-    names = manifest.class_names
-    found = []
-    for given in classes:
-        if isinstance(given, int):
-            if not 0 <= given < manifest.num_classes:
-                raise InputError(f"classes: {location} has the classes 0..{manifest.num_classes - 1}, not {given}")
-            found.append(given)
-        elif names is None:
-            raise InputError(f"classes: {location} does not know the names of its classes; give numbers, not {given!r}")
-        elif given not in names:
-            near = difflib.get_close_matches(given, names, n=5) or names[:5]
-            raise InputError(f"classes: {location} has no class {given!r}; it has {', '.join(map(repr, near))}, ...")
-        else:
-            found.append(names.index(given))
-    if not found or len(set(found)) < len(found):
-        raise InputError(f"classes: need at least one class and none twice, got {list(classes)}")
-    return found
-
-
 def hold_out(rows: Tensor, size: int, generator: torch.Generator, shard_of: Tensor | None = None) -> tuple[Tensor, ...]:
     """Split rows (n,) into those that remain and ``size`` random ones, both in order.
 
@@ -125,15 +132,23 @@ def hold_out(rows: Tensor, size: int, generator: torch.Generator, shard_of: Tens
     return rows[order[size:].sort().values], rows[order[:size].sort().values]
 
 
-def check_same_latents(folder: str, manifest: Manifest, other_folder: str, other: Manifest) -> None:
-    for name in ("kind", "shape", "num_classes", "shift", "scale", "vae"):
-        a, b = getattr(manifest, name), getattr(other, name)
+def check_same_latents(first: LatentStore, other: LatentStore) -> None:
+    for name in ("kind", "shape", "shift", "scale", "vae"):
+        a, b = getattr(first.manifest, name), getattr(other.manifest, name)
         if name == "vae":  # the same weights may lie in different places
             a, b = ((vae or {}).get("hash", vae) for vae in (a, b))
         if a != b:
             raise InputError(
-                f"{folder} and {other_folder} hold different latents: {name} is {a} and {b}; encode both the same way"
+                f"{first.location} and {other.location} hold different latents: {name} is {a} and {b}; encode both the "
+                "same way"
             )
-    if manifest.class_names and other.class_names and manifest.class_names != other.class_names:
-        a, b = next((a, b) for a, b in zip(manifest.class_names, other.class_names, strict=True) if a != b)
-        raise InputError(f"{folder} and {other_folder} number their classes differently: {a!r} is {b!r} in the other")
+
+
+def check_same_classes(first: LatentStore, other: LatentStore) -> None:
+    where = f"{first.location} and {other.location}"
+    a, b = first.manifest, other.manifest
+    if a.num_classes != b.num_classes:
+        raise InputError(f"{where} have {a.num_classes} and {b.num_classes} classes; encode both with the same")
+    if a.class_names and b.class_names and a.class_names != b.class_names:
+        x, y = next((x, y) for x, y in zip(a.class_names, b.class_names, strict=True) if x != y)
+        raise InputError(f"{where} number their classes differently: {x!r} is {y!r} in the other")

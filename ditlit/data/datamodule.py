@@ -4,20 +4,51 @@ import os
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from ditlit.data.cache import DEFAULT_FOLDER, ShardCache
-from ditlit.data.collection import StoreCollection, check_same_latents, hold_out
+from ditlit.data.classes import Classes
+from ditlit.data.collection import StoreCollection, hold_out
 from ditlit.data.datasets import EvalDataset, LabelDataset, TrainDataset
 from ditlit.data.folders import is_remote
 from ditlit.data.manifest import Manifest
 from ditlit.data.mixture import Mixture, make_mixture
 from ditlit.data.sampler import EvalOrder, ShuffleWindows, TrainOrder
 from ditlit.data.store import LatentStore
-from ditlit.errors import InputError, check_positive
+from ditlit.errors import InputError, check_positive, counted
 
 REMOTE_WINDOW = 8  # shards of a shuffle where a store is remote
+
+
+def check_validation(trainer: Trainer, batches: int, has_samples: bool) -> None:
+    """Refuse a validation that lies beyond the ``batches`` of an epoch in which it is counted, and tell of none at all.
+
+    Raises:
+        InputError: naming the setting to change.
+    """
+    every = getattr(trainer, "check_val_every_n_epoch", None)
+    interval = getattr(trainer, "val_check_interval", None)
+    limit = getattr(trainer, "limit_train_batches", 1.0)
+    batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+    counted_in_steps = isinstance(interval, int)
+    if counted_in_steps and every is not None and interval > batches and trainer.limit_val_batches:
+        raise InputError(
+            f"trainer.val_check_interval {interval} is counted anew in every epoch, and an epoch has "
+            f"{counted(batches, 'batch')}: set --trainer.check_val_every_n_epoch null to count over epochs, or "
+            f"val_check_interval to {batches} at most"
+        )
+    if not has_samples or (every is None and not counted_in_steps):
+        return
+    first = (interval if counted_in_steps else int(interval * batches)) + ((every or 1) - 1) * batches
+    ends = [trainer.max_steps * trainer.accumulate_grad_batches, (trainer.max_epochs or -1) * batches]
+    last = min((end for end in ends if end > 0), default=first)
+    if first > last:
+        rank_zero_info(
+            f"This run ends after {counted(last, 'batch')}, before its first validation, after {first:,}: lower "
+            "trainer.val_check_interval or check_val_every_n_epoch for one."
+        )
 
 
 class LatentDataModule(LightningDataModule):
@@ -30,13 +61,16 @@ class LatentDataModule(LightningDataModule):
         store: folder or URL (s3://, gs://, hf://, http://) of the training store. A list of them is joined; a mapping
             from stores to weights mixes them: an epoch has as many samples as all stores together, shared out by
             weight.
-        val_store: folder or URL of the validation store.
+        val_store: folder or URL of the validation store. Its classes are matched with those of the training store by
+            name, and those that training lacks are left out.
+        val_classes: the class of the training store that each class of the validation store is, by number or name;
+            only needed where their names do not tell.
         val_size: without a validation store, hold out so many samples of the training stores.
         global_batch_size: samples of one optimizer step, over all devices and accumulated batches.
         val_batch_size: samples of one validation batch on each device.
         flip: mirror half of the samples, the paper's only augmentation.
-        classes: train and validate on these classes only, given by number or name; they are renumbered from 0 in this
-            order.
+        classes: train and validate on these classes only, a list of numbers or names, also separated by commas; they
+            are numbered anew from 0 in this order. What is the name of a class is taken for the name.
         class_balanced: show every class equally often.
         shuffle_window: shuffle within so many shards at a time instead of over all samples. By default 8 where a store
             is remote, so that shards can be read ahead and dropped, and an exact shuffle where all are on disk.
@@ -56,7 +90,7 @@ class LatentDataModule(LightningDataModule):
         global_batch_size: int = 256,
         val_batch_size: int = 64,
         flip: bool = True,
-        classes: list[int | str] | None = None,
+        classes: Classes | None = None,
         class_balanced: bool = False,
         shuffle_window: int | None = None,
         cache_dir: str = DEFAULT_FOLDER,
@@ -65,6 +99,7 @@ class LatentDataModule(LightningDataModule):
         num_workers: int = 0,
         verify: bool = True,
         seed: int = 0,
+        val_classes: Classes | None = None,
     ):
         super().__init__()
         if val_store and val_size:
@@ -80,6 +115,7 @@ class LatentDataModule(LightningDataModule):
             raise InputError("data.store names no store; give a folder or URL")
         self.weights = list(store.values()) if isinstance(store, dict) else None
         self.val_store = val_store
+        self.val_classes = val_classes
         self.val_size = val_size
         self.global_batch_size = global_batch_size
         self.val_batch_size = val_batch_size
@@ -112,7 +148,7 @@ class LatentDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if any(is_remote(location) for location in (*self.locations, self.val_store) if location is not None):
             self._cache = ShardCache(self.cache_dir, self.cache_size_gb)
-        store = self._open(self.locations)
+        store = StoreCollection([LatentStore(location, self._cache) for location in self.locations], self.classes)
         num_samples = len(store) if store.rows is None else len(store.rows)
         if not 0 <= self.val_size < num_samples:
             raise InputError(f"val_size {self.val_size} leaves nothing to train on: {self.store} has {num_samples}")
@@ -125,8 +161,8 @@ class LatentDataModule(LightningDataModule):
         else:
             self._train, self._val = TrainDataset(store, store.rows), None
         if self.val_store:
-            val_store = self._open([self.val_store])
-            check_same_latents(self.locations[0], store.manifest, self.val_store, val_store.manifest)
+            val_store = StoreCollection([LatentStore(self.val_store, self._cache)])
+            val_store.number_as(store, "data.val_classes", self.val_classes)
             self._val = EvalDataset(val_store, val_store.rows)
         self._mixture = None
         if self.weights is not None or self.class_balanced:
@@ -169,6 +205,7 @@ class LatentDataModule(LightningDataModule):
                     f"the checkpoint was trained with {name} {self._resumed.get(name)} and cannot continue with "
                     f"{now.get(name)}: the order of the samples would not be the same; set it back"
                 )
+        check_validation(trainer, len(order), self._val is not None)
         return self._loader(self._train, order)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -205,9 +242,6 @@ class LatentDataModule(LightningDataModule):
             state["data.shuffle_window"] = self.shuffle_window
             state["shards"] = len(self._train.store.manifest.shards)
         return state
-
-    def _open(self, locations: list[str]) -> StoreCollection:
-        return StoreCollection([LatentStore(location, self._cache) for location in locations], self.classes)
 
     def _check_cache(self) -> None:
         """Refuse a cache that would fetch the same shards again and again."""

@@ -8,8 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from ditlit.data.classes import Classes, parse_classes
 from ditlit.data.vae import Decoder, load_decoder
-from ditlit.errors import InputError, check_positive
+from ditlit.errors import check_positive
 from ditlit.pictures import grid_of, save_png, to_uint8
 from ditlit.training.run_folder import run_folder
 
@@ -22,7 +23,7 @@ class SampleGrid(Callback):
 
     Args:
         every_n_steps: draw every so many optimizer steps; by default at every validation.
-        classes: one row each; by default up to ten, spread over all classes.
+        classes: numbers or names, one row each; by default up to ten, spread over all classes.
         per_class: samples in a row.
         seed: of the noise.
         batch_size: samples drawn at once on each device.
@@ -33,7 +34,7 @@ class SampleGrid(Callback):
     def __init__(
         self,
         every_n_steps: int | None = None,
-        classes: list[int] | None = None,
+        classes: Classes | None = None,
         per_class: int = 8,
         seed: int = 0,
         batch_size: int = 32,
@@ -48,6 +49,7 @@ class SampleGrid(Callback):
         self.batch_size = batch_size
         self.vae = vae
         self.min_side = min_side
+        self._rows: list[int] = []  # the classes by number; known after setup
         self._decode: Decoder | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -55,9 +57,10 @@ class SampleGrid(Callback):
         num_classes = pl_module.denoiser.num_classes
         if self.classes is None:
             rows = min(10, num_classes)
-            self.classes = [i * num_classes // rows for i in range(rows)]
-        if not all(0 <= c < num_classes for c in self.classes):
-            raise InputError(f"the classes of the sample grid must lie in 0..{num_classes - 1}, got {self.classes}")
+            self._rows = [i * num_classes // rows for i in range(rows)]
+        else:
+            names = getattr(getattr(trainer.datamodule, "manifest", None), "class_names", None)
+            self._rows = parse_classes(self.classes, num_classes, names)
         if stage in ("fit", "validate", "predict") and self._decode is None:
             # Loaded now, so that a VAE that cannot be had stops the run before it starts.
             self._decode = load_decoder(trainer.datamodule.manifest.vae, self.vae, trainer.strategy.root_device)
@@ -75,7 +78,7 @@ class SampleGrid(Callback):
 
     def draw(self, trainer: Trainer, pl_module: LightningModule) -> Path | None:
         """Draw the grid now; returns its path on rank 0."""
-        labels = torch.tensor(self.classes).repeat_interleave(self.per_class)  # (n,)
+        labels = torch.tensor(self._rows).repeat_interleave(self.per_class)  # (n,)
         images = draw_images(trainer, pl_module, labels, self._decode, self.seed, self.batch_size)
         if not trainer.is_global_zero:
             return None
