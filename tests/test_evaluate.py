@@ -1,9 +1,11 @@
 """Evaluating folders, files and stores: the same numbers from the same images, and a record of how they were made."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,10 @@ from extractor import Colours
 from PIL import Image
 
 from ditlit.commands.evaluate import evaluate
-from ditlit.data import write_store
+from ditlit.data import LatentStore, write_store
 from ditlit.errors import InputError
 from ditlit.evaluation import frechet_distance, inception_score, precision_recall
+from ditlit.evaluation.extraction import new_array
 from ditlit.evaluation.statistics import statistics_of
 
 COLOURS = "extractor.Colours"
@@ -277,3 +280,100 @@ def test_bad_settings_get_one_clear_message(data, run, settings, message):
 def test_both_sides_are_asked_for():
     with pytest.raises(InputError, match="evaluate needs --generated and --reference"):
         evaluate(generated="x")
+
+
+# What is written at the end ------------------------------------------------------------------------------------------
+
+
+def disk_that_fails(path, data):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_a_report_that_cannot_be_written_leaves_its_numbers_on_the_screen(data, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ditlit.evaluation.passport.write_atomically", disk_that_fails)
+    with pytest.raises(InputError, match=r"cannot write .*r.json: Read-only file system. The numbers are those shown"):
+        run(data["generated"], data["real"])
+    assert f"  {DISTANCE}  " in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr("ditlit.evaluation.sources.write_atomically", disk_that_fails)
+    with pytest.raises(InputError, match=r"cannot write .*s.safetensors: Read-only file system"):
+        run(data["generated"], data["real"], save_stats=str(tmp_path / "s.safetensors"))
+    assert f"  {DISTANCE}  " in capsys.readouterr().out and (tmp_path / "r.json").exists()
+
+
+def test_the_place_of_the_report_is_tried_before_any_work(data, run, tmp_path, monkeypatch):
+    """A folder on a read-only disk; the tests may run as root, whom permissions do not stop."""
+
+    def read_only(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("ditlit.data.folders.tempfile.TemporaryFile", read_only)
+    monkeypatch.setattr("ditlit.commands.evaluate.load_extractor", lambda *_: pytest.fail("this is work"))
+    message = "cannot write to .*generated: Read-only file system; choose another place with --out"
+    with pytest.raises(InputError, match=message):
+        run(data["generated"], data["real"], out=None)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="s is a folder; give a file with --save_stats"):
+        (tmp_path / "s").mkdir()
+        run(data["generated"], data["real"], save_stats=str(tmp_path / "s"))
+    with pytest.raises(InputError, match="--save_stats saves what fid and sfid need"):
+        run(data["generated"], data["real"], save_stats=str(tmp_path / "t"), metrics="kid")
+
+
+def test_the_report_of_images_at_a_url_lies_in_the_working_folder(data, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    pixels = torch.from_numpy(data["arrays"][0]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    url = write_store("memory://evaluated/generated", pixels, torch.zeros(50).long(), 1, image_size=12).location
+    evaluate(url, data["real"], extractor=COLOURS, num_workers=0, cache="cache", accelerator="cpu")
+    report = json.loads((tmp_path / "generated.report.json").read_text())
+    assert report["metrics"] == pytest.approx(run(data["generated"], data["real"])["metrics"], rel=1e-6)
+    (tmp_path / "folder").mkdir()
+    evaluate(url, data["real"], "folder", extractor=COLOURS, num_workers=0, cache="cache", accelerator="cpu")
+    assert (tmp_path / "folder" / "report.json").exists()
+
+
+@pytest.mark.parametrize("why", ["no home", "a file in the way"])
+def test_without_a_writable_cache_there_is_a_warning_and_every_number(data, run, tmp_path, monkeypatch, capsys, why):
+    expected = run(data["generated"], data["real"])["metrics"]
+    (tmp_path / "file").touch()
+    cache = str(tmp_path / "file" / "cache")
+    if why == "no home":
+        cache = "~/features"
+        monkeypatch.setattr(Path, "expanduser", no_home)
+    monkeypatch.setenv("HOME", "~")
+    report = run(data["generated"], data["real"], cache=cache)
+    assert report["metrics"] == expected and report["features from the cache"] == []
+    said = capsys.readouterr().err
+    assert said.count("ditlit: warning: ") == 1 and "Features are not kept this time" in said
+    assert not list(Path(tempfile.gettempdir()).glob("ditlit-features-*"))
+
+
+def no_home(path):
+    """Path.expanduser for a user without one."""
+    if str(path).startswith("~"):
+        raise RuntimeError("Could not determine home directory.")
+    return path
+
+
+def test_without_a_home_stores_at_urls_are_read_all_the_same(tmp_path, monkeypatch, capsys):
+    write_store("memory://homeless/store", torch.zeros(4, 3, 2, 2), torch.arange(4), 4)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    store = LatentStore("memory://homeless/store")
+    assert store.gather(torch.arange(4))["labels"].tolist() == [0, 1, 2, 3]
+    assert "ditlit: warning: cannot write to the cache" in capsys.readouterr().err
+
+
+def test_features_take_their_space_at_once(tmp_path):
+    """A write to a map on a disk that has become full kills the process; so much must not depend on luck."""
+    new_array(tmp_path / "x.npy", (1000, 2048))
+    assert (tmp_path / "x.npy").stat().st_blocks * 512 >= 4 * 1000 * 2048
+
+
+def test_too_few_images_for_one_metric_do_not_cost_the_others(data, run, tmp_path):
+    three = write_folder(tmp_path / "three", data["arrays"][0][:3])
+    report = run(three, data["real"])
+    assert DISTANCE in report["metrics"] and not any("precision" in name for name in report["metrics"])
+    assert "precision and recall need more than 3 images on both sides: left out" in report["warnings"]
+    with pytest.raises(InputError, match="precision and recall need more than 3 images on both sides"):
+        run(three, data["real"], metrics="precision,recall")

@@ -1,6 +1,8 @@
 """The loss by timestep, and plain words for each of the usual mistakes."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -70,10 +72,11 @@ def test_a_curve_far_above_the_recipes_is_named_once_the_run_is_as_long():
 
 def test_wrong_labels_are_of_other_classes_that_the_store_has():
     labels = torch.tensor([2, 5, 9]).repeat(100)
-    wrong = wrong_labels(labels, 0)
+    wrong = wrong_labels(labels, 0, 10)
     assert not (wrong == labels).any() and set(wrong.tolist()) == {2, 5, 9}
-    with pytest.raises(InputError, match="one class only"):
-        wrong_labels(torch.zeros(4).long(), 0)
+    wrong = wrong_labels(torch.full((100,), 3), 0, 10)  # of one class: of any other that the model knows
+    assert set(wrong.tolist()) == {0, 1, 2, 4, 5, 6, 7, 8, 9}
+    assert wrong_labels(torch.zeros(4).long(), 0, 1) is None
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +111,54 @@ def test_a_trained_model_is_told_from_its_own_mistakes(trained, capsys, tmp_path
     assert "a scaling factor is missing" in run(trained, tmp_path / "unscaled", capsys)
     write_store(tmp_path / "other", images[:100], labels[:100], scale=[1.2], **about)
     assert "trained on latents with {'shift': [0.0], 'scale': [1.0]}" in run(trained, tmp_path / "other", capsys)
+
+
+def test_a_store_of_some_classes_is_judged_by_their_names(trained, capsys, tmp_path):
+    images, labels = load_digits()
+    few = (labels == 3) | (labels == 7)
+    images, labels = images[few][:40], (labels[few][:40] == 3).long()  # 7 is class 0 here, and 3 class 1
+    found = {}
+    for name, about, settings in (
+        ("named", dict(class_names=["7", "3"]), {}),
+        ("more", dict(class_names=["7", "3", "none"], num_classes=3), {}),
+        ("told", {}, dict(store_classes="7,3")),
+        ("mistaken", {}, dict(store_classes=[3, 7])),
+    ):
+        write_store(tmp_path / name, images, labels, **(dict(num_classes=2, image_size=8) | about))
+        run(trained, tmp_path / name, capsys, out=str(tmp_path / f"{name}.json"), draws=1, **settings)
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())["mse"]
+    assert found["named"] == found["more"] == found["told"] != found["mistaken"]
+
+
+def test_a_store_of_one_class_is_judged(trained, capsys, tmp_path):
+    images, labels = load_digits()
+    threes = images[labels == 3][:40]
+    write_store(tmp_path / "threes", threes, torch.zeros(len(threes)).long(), 1, class_names=["3"], image_size=8)
+    assert "all  " in run(trained, tmp_path / "threes", capsys, draws=1)
+
+
+def test_of_a_model_of_one_class_no_label_is_judged(tmp_path, capsys, source):
+    denoiser = DiT(input_size=8, in_channels=1, num_classes=1, patch_size=4, hidden_size=16, depth=1, num_heads=2)
+    ckpt = source(denoiser, latents={"shift": [0.0], "scale": [1.0]})
+    write_store(tmp_path / "one", load_digits()[0][:20], torch.zeros(20).long(), 1, image_size=8)
+    evaluate_loss(ckpt, str(tmp_path / "one"), draws=1, accelerator="cpu")
+    assert "Whether labels matter cannot be told" in capsys.readouterr().out
+    alone = losses()
+    alone.wrong = None
+    assert findings(alone, GOOD) == []
+
+
+def test_a_curve_that_cannot_be_written_is_shown(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ditlit.commands.evaluate_loss.write_atomically", disk_that_fails)
+    with pytest.raises(InputError, match=r"cannot write .*x.json: Read-only file system. The numbers are those shown"):
+        evaluate_loss(str(trained / "x.ckpt"), str(trained / "data" / "val"), str(tmp_path / "x.json"), draws=1)
+    assert "timesteps  " in capsys.readouterr().out
+    with pytest.raises(InputError, match="is a folder; give a file with --out"):
+        evaluate_loss("absent.ckpt", "absent", out=str(tmp_path))
+
+
+def disk_that_fails(path, data):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def test_the_loss_does_not_depend_on_the_batch_size(trained):
@@ -147,7 +198,7 @@ def test_stores_that_do_not_fit_are_refused(trained, tmp_path):
     with pytest.raises(InputError, match=r"holds latents of shape \(4, 8, 8\), .* is built for \(1, 8, 8\)"):
         evaluate_loss(str(trained / "x.ckpt"), str(tmp_path / "a"), accelerator="cpu")
     write_store(tmp_path / "b", torch.zeros(4, 1, 8, 8), torch.arange(4), 4)
-    with pytest.raises(InputError, match=r"has 4 classes, .* is built for 10"):
+    with pytest.raises(InputError, match=r"has 4 classes, .*x.ckpt has 10, .*set --store_classes to the class of"):
         evaluate_loss(str(trained / "x.ckpt"), str(tmp_path / "b"), accelerator="cpu")
     with pytest.raises(InputError, match="draws must be positive, got"):
         evaluate_loss(str(trained / "x.ckpt"), str(tmp_path / "b"), draws=0)

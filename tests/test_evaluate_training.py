@@ -1,5 +1,6 @@
 """Metrics in training: logged and monitored, and without a trace in weights and checkpoints."""
 
+import errno
 import json
 import os
 import subprocess
@@ -152,3 +153,24 @@ def test_bad_settings_stop_a_run_before_its_first_step(make_module, make_trainer
         make_callback(num_samples=3)
     with pytest.raises(InputError, match="there is nothing at"):
         make_trainer(callbacks=[make_callback(reference=str(tmp_path / "absent"))]).fit(make_module(), datamodule)
+
+
+def test_a_report_that_cannot_be_written_costs_a_warning_with_its_numbers(
+    make_module, make_trainer, make_callback, datamodule, tmp_path, monkeypatch
+):
+    def fails(report, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("ditlit.training.evaluation.write_report", fails)
+    trainer = make_trainer(callbacks=[make_callback(every_n_steps=4)])
+    message = (
+        r"cannot write .*step-00000004.json \(No space left on device\). At step 4: Frechet distance \(Colours\) \d"
+    )
+    with pytest.warns(match=message):
+        trainer.fit(make_module(), datamodule)
+    assert trainer.global_step == 4 and NAME in trainer.callback_metrics
+    monkeypatch.undo()
+    (tmp_path / "evaluations").rmdir()
+    (tmp_path / "evaluations").touch()
+    with pytest.raises(InputError, match=r"cannot write to .*evaluations: .*with --trainer.default_root_dir"):
+        make_trainer(callbacks=[make_callback()]).fit(make_module(), datamodule)

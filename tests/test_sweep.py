@@ -1,7 +1,10 @@
 """Sweeps: every combination once, resumable point by point, with tables and plots of what was measured."""
 
 import csv
+import errno
 import json
+import os
+import sys
 
 import pytest
 from PIL import Image
@@ -69,3 +72,35 @@ def test_mistakes(tmp_path):
     with pytest.raises(InputError, match="--interval takes values"):
         sweep.evaluate_sweep(**SETTINGS, interval="100", out=str(tmp_path))
     assert not any(tmp_path.iterdir())
+
+
+def test_what_would_fail_at_the_end_is_found_before_the_first_point(commands, tmp_path, monkeypatch):
+    calls, _ = commands
+    (tmp_path / "a" / "guidance.png").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"guidance.png is a folder; give a file with --out"):
+        sweep.evaluate_sweep(**SETTINGS, out=str(tmp_path / "a"))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "sweep.json").write_text("{")
+    with pytest.raises(InputError, match=r"sweep.json cannot be read \(.*choose another --out"):
+        sweep.evaluate_sweep(**SETTINGS, out=str(tmp_path / "b"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match="plots need matplotlib"):
+        sweep.evaluate_sweep(**SETTINGS, out=str(tmp_path / "c"))
+    assert not calls and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("what", ["write_atomically", "plot_steps"])
+def test_numbers_are_shown_where_tables_or_plots_cannot_be_written(commands, tmp_path, monkeypatch, capsys, what):
+    write = sweep.write_atomically
+
+    def fails(path, data):
+        if what == "write_atomically" and path.name != "table.md":
+            return write(path, data)
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(sweep, what, fails)
+    with pytest.raises(InputError, match=r"cannot write .*: Read-only file system. The numbers are those shown above"):
+        sweep.evaluate_sweep(**SETTINGS, out=str(tmp_path))
+    assert (tmp_path / "points").exists()
+    if what == "plot_steps":
+        assert "| ddim | 50 | 1.5 |" in capsys.readouterr().out

@@ -11,14 +11,22 @@ from lightning.fabric import Fabric
 
 from ditlit.commands.encode import workers
 from ditlit.commands.processes import Progress, launch, share
-from ditlit.data.folders import check_writable
+from ditlit.data.folders import check_output, is_remote, writing
 from ditlit.errors import InputError, check_positive
 from ditlit.evaluation.cache import DEFAULT_FOLDER, FeatureCache
 from ditlit.evaluation.extraction import extract
 from ditlit.evaluation.extractors import Extractor, Inception, describe, load_extractor
 from ditlit.evaluation.images import FolderImages
-from ditlit.evaluation.passport import comparison, passport, read_report, write_report
-from ditlit.evaluation.protocol import Results, check_side, chosen_metrics, layers_of, measure, side_statistics
+from ditlit.evaluation.passport import SHOWN, comparison, passport, read_report, write_report
+from ditlit.evaluation.protocol import (
+    STATISTICS,
+    Results,
+    check_side,
+    chosen_metrics,
+    layers_of,
+    measure,
+    side_statistics,
+)
 from ditlit.evaluation.sources import Source, content_hash, open_source, write_statistics
 
 
@@ -54,7 +62,8 @@ def evaluate(
     Args:
         generated: the generated images; of a ditlit sample folder, everything that it was asked for is put on record.
         reference: what they are compared with.
-        out: file of the report; by default report.json in the folder of the generated images, or beside their file.
+        out: file of the report, or a folder for report.json; by default in the folder of the generated images, beside
+            their file, or in the working folder where they are at a URL.
         metrics: which, separated by commas: fid, sfid, is, precision, recall, kid. By default all that the extractor
             serves.
         extractor: inception, dinov2, or the class path of another one, whose distances carry its name and are no FID.
@@ -70,7 +79,8 @@ def evaluate(
         compare: instead of evaluating, say what differs between two reports, separated by a comma.
         batch_size: images in the extractor at once on each device.
         num_workers: processes on each device that read images; by default one for each CPU core but one.
-        cache: folder in which features are kept, to be found again by their images' content.
+        cache: folder in which features are kept, to be found again by their images' content; without a folder that can
+            be written, they are made anew each time.
         accelerator: cpu, gpu, or auto.
         devices: number of devices of this machine, or auto: all GPUs, or one process on the CPU.
         num_nodes: number of machines.
@@ -83,11 +93,15 @@ def evaluate(
     check_positive(batch_size=batch_size, generated_size=generated_size, reference_size=reference_size)
     if bootstrap < 0 or bootstrap == 1:
         raise InputError(f"--bootstrap needs at least 2 resamples, got {bootstrap}")
-    for place, setting in ((out, "--out"), (save_stats, "--save_stats")):
-        if place is not None:
-            check_writable(Path(place).parent, setting)
+    path = None if generated is None else report_path(generated, out)
+    if path is not None and (out is not None or is_remote(generated) or Path(generated).exists()):
+        check_output(path, "--out")
+    if save_stats is not None:
+        check_output(Path(save_stats), "--save_stats")
     network = load_extractor(extractor, inception_weights)
     chosen = chosen_metrics(metrics, network)
+    if save_stats is not None and not STATISTICS.keys() & set(chosen):
+        raise InputError(f"--save_stats saves what {' and '.join(STATISTICS)} need: --metrics must name one of them")
     fabric, on_this_machine = launch(accelerator, devices, num_nodes)
     device = fabric.device
     network = network.to(device)
@@ -112,9 +126,8 @@ def evaluate(
         return
     # Devices without float64 leave the metrics to the CPU.
     at = device if device.type == "cuda" else torch.device("cpu")
-    if save_stats is not None:
-        save(Path(save_stats), right, network, at)
     if left is None:
+        save(Path(save_stats), right, network, at)
         return
     extracted = time.perf_counter() - start
     results = measure(chosen, left, right, network, sizes, bootstrap, at, lambda name: print(f"computing {name}"))
@@ -124,10 +137,12 @@ def evaluate(
         results, left, right, network, device, tuple(hashes), seconds=seconds, devices=fabric.world_size,
         **{"batch size": batch_size, "features from the cache": sides.cached},
     )  # fmt: skip
-    path = report_path(generated) if out is None else Path(out)
-    write_report(report, path)
     print(table(results))
+    with writing(path, SHOWN):
+        write_report(report, path)
     print(f"How these numbers were made: {path}")
+    if save_stats is not None:
+        save(Path(save_stats), right, network, at)
 
 
 class FeatureSides:
@@ -199,11 +214,11 @@ def parse_sizes(text: str, generated: Source) -> list[int]:
 
 
 def save(path: Path, reference: Source, extractor: Extractor, device: torch.device) -> None:
-    for layer in reference.features:
-        side_statistics(reference, layer, device)
-    if not reference.statistics:
-        raise InputError("--save_stats found nothing to save: --metrics must name fid or sfid")
-    write_statistics(path, reference, extractor)
+    for layer in STATISTICS.values():
+        if layer in reference.features:
+            side_statistics(reference, layer, device)
+    with writing(path):
+        write_statistics(path, reference, extractor)
     print(f"statistics of {reference.about['location']}: {path}")
 
 
@@ -222,9 +237,14 @@ def notes(generated: Source, reference: Source, extractor: Extractor) -> list[st
     return found
 
 
-def report_path(generated: str) -> Path:
-    path = Path(generated)
-    return path / "report.json" if path.is_dir() else path.with_suffix(".report.json")
+def report_path(generated: str, out: str | None) -> Path:
+    """Where the report goes: of images at a URL, into the working folder."""
+    path = Path(generated if out is None else out)
+    if path.is_dir():
+        return path / "report.json"
+    if out is not None:
+        return path
+    return Path(f"{path.name}.report.json") if is_remote(generated) else path.with_suffix(".report.json")
 
 
 def table(results: Results) -> str:

@@ -13,12 +13,16 @@ from ditlit import __version__, checkpoints
 from ditlit.analysis.opening import other_weights
 from ditlit.checkpoints import Loaded, describe
 from ditlit.commands.processes import launch
-from ditlit.data.folders import check_writable, write_atomically
+from ditlit.data.classes import Classes, ClassSet, match_classes
+from ditlit.data.collection import StoreCollection
+from ditlit.data.folders import check_output, write_atomically, writing
 from ditlit.data.store import LatentStore, per_channel
 from ditlit.data.vae import weights_hash
 from ditlit.diffusion.sampling import normal, sample_generators
 from ditlit.errors import InputError, check_positive
 from ditlit.evaluation.losses import Average, Latents, Losses, by_timestep, findings, reference_for
+from ditlit.evaluation.passport import SHOWN
+from ditlit.evaluation.sources import spread
 
 GOLDEN_RATIO = 0.6180339887498949
 
@@ -33,6 +37,7 @@ def evaluate_loss(
     batch_size: int = 64,
     seed: int = 0,
     accelerator: str = "auto",
+    store_classes: Classes | None = None,
 ) -> None:
     """Give the loss by timestep on held-out latents, and say plainly what is off.
 
@@ -52,33 +57,39 @@ def evaluate_loss(
         batch_size: samples at once.
         seed: of the noise.
         accelerator: cpu, gpu, or auto.
+        store_classes: the class of the checkpoint that each class of the store is, by number or name; only needed
+            where their names do not tell. Classes that the checkpoint lacks are left out.
     """
     check_positive(draws=draws, bins=bins, batch_size=batch_size)
     if num_samples < 2:
         raise InputError(f"a spread needs num_samples 2 at least, got {num_samples}")
     if out is not None:
-        check_writable(Path(out).parent, "--out")
+        check_output(Path(out), "--out")
     loaded = checkpoints.load(ckpt)
-    latents = LatentStore(store)
+    latents = StoreCollection([LatentStore(store)])
+    num_classes = loaded.denoiser.num_classes
     built_for = (loaded.denoiser.in_channels, *loaded.denoiser.input_size)
     if latents.manifest.shape != built_for:
         raise InputError(f"{store} holds latents of shape {latents.manifest.shape}, {ckpt} is built for {built_for}")
-    if latents.manifest.num_classes != loaded.denoiser.num_classes:
-        raise InputError(
-            f"{store} has {latents.manifest.num_classes} classes, {ckpt} is built for {loaded.denoiser.num_classes}"
-        )
+    names = loaded.latents.get("class_names")
+    numbers = match_classes(latents.class_set, ClassSet(num_classes, names, ckpt), "--store_classes", store_classes)
+    latents.number_anew(numbers, num_classes, names)
     device = launch(accelerator, "1", 1)[0].device
     raw = other_weights(ckpt, loaded)
     average = None if raw is None else compare_weights(loaded, raw)
-    rows = torch.linspace(0, len(latents) - 1, min(num_samples, len(latents))).round().long().repeat(draws)
+    rows = spread(latents.rows, num_samples).repeat(draws)
     losses, known = compute(loaded, raw, latents, rows, batch_size, seed, device)
     reference = reference_for(describe(loaded.denoiser), describe(loaded.process))
     edges = np.linspace(0, loaded.process.num_timesteps, bins + 1)
     print(curve(losses, edges, reference))
     found = findings(losses, known, average, reference, loaded.step)
     print("\n".join(["", "What is off:", *(f"- {text}" for text in found)]) if found else "\nNothing is off.")
+    if losses.wrong is None:
+        print("Whether labels matter cannot be told: the model knows one class.")
     if out is not None:
-        write_atomically(Path(out), json.dumps(record(loaded, losses, edges, found, store, seed), indent=1).encode())
+        content = json.dumps(record(loaded, losses, edges, found, store, seed), indent=1).encode()
+        with writing(Path(out), SHOWN):
+            write_atomically(Path(out), content)
 
 
 def compare_weights(loaded: Loaded, raw: Loaded) -> Average:
@@ -102,7 +113,7 @@ def norm(tensors: Any) -> float:
 def compute(
     loaded: Loaded,
     raw: Loaded | None,
-    store: LatentStore,
+    store: StoreCollection | LatentStore,
     rows: Tensor,
     batch_size: int,
     seed: int,
@@ -114,7 +125,7 @@ def compute(
     shift, scale = (per_channel(loaded.latents[k], denoiser.in_channels).to(device) for k in ("shift", "scale"))
     # Timesteps follow the golden-ratio sequence, which spreads any number of them evenly.
     t = ((torch.arange(len(rows), dtype=torch.float64) * GOLDEN_RATIO) % 1 * process.num_timesteps).long()
-    wrong = wrong_labels(store.labels[rows], seed)
+    wrong = wrong_labels(store.labels[rows], seed, denoiser.num_classes)
     kept: dict[str, list[Tensor]] = {"right": [], "null": [], "wrong": [], "raw": []}
     sums = torch.zeros(4, dtype=torch.float64)  # of the raw latents and x0, and of their squares
     for numbers in tqdm(torch.arange(len(rows)).split(batch_size), "loss", unit=" batches"):
@@ -122,14 +133,14 @@ def compute(
         shape = (denoiser.in_channels, *denoiser.input_size)
         noise, draw = (normal(shape, generators).to(device) for _ in range(2))
         batch = store.gather(rows[numbers])
-        values = batch[store.kind].to(device).float()
-        if store.kind == "moments":
+        values = batch[store.manifest.kind].to(device).float()
+        if store.manifest.kind == "moments":
             mean, std = values.chunk(2, dim=1)
             values = mean + std * draw
         x0 = (values - shift) * scale  # (N, C, H, W)
         parts = [values.mean(), x0.mean(), values.square().mean(), x0.square().mean()]
         sums += torch.stack(parts).double().cpu() * len(numbers)
-        given = {"right": batch["labels"], "wrong": wrong[numbers]}
+        given = {"right": batch["labels"]} | ({} if wrong is None else {"wrong": wrong[numbers]})
         given["null"] = torch.full_like(batch["labels"], denoiser.num_classes)
         for name, y in given.items():
             kept[name].append(process.loss(denoiser, x0, y.to(device), t=t[numbers].to(device), noise=noise)["mse"])
@@ -147,11 +158,16 @@ def compute(
     return Losses(t.numpy(), **arrays), Latents(std, raw_std, trained_on, stored)
 
 
-def wrong_labels(labels: Tensor, seed: int) -> Tensor:
-    """Another class for each of labels (n,), drawn from the classes that there are."""
+def wrong_labels(labels: Tensor, seed: int, num_classes: int) -> Tensor | None:
+    """Another class for each of labels (n,), drawn from those that occur, or from all ``num_classes`` if only one does.
+
+    None where there is no other class.
+    """
     classes = labels.unique()
     if len(classes) < 2:
-        raise InputError("the store holds one class only: whether labels matter cannot be told; give more classes")
+        classes = torch.arange(num_classes)
+    if len(classes) < 2:
+        return None
     generator = torch.Generator().manual_seed(seed)
     place = torch.searchsorted(classes, labels)
     step = torch.randint(1, len(classes), labels.shape, generator=generator)

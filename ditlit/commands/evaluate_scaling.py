@@ -1,7 +1,5 @@
 """``ditlit evaluate scaling``: quality against compute, from runs that were made."""
 
-import csv
-import io
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +8,10 @@ import yaml
 
 from ditlit import checkpoints
 from ditlit.analysis.curves import read_curves
-from ditlit.commands.evaluate_sweep import Point, begin, run_point
-from ditlit.data.folders import write_atomically
+from ditlit.commands.evaluate_sweep import Point, begin, run_point, write_table
+from ditlit.data.folders import write_atomically, writing
 from ditlit.errors import InputError
+from ditlit.evaluation.passport import SHOWN
 from ditlit.evaluation.plots import plot_scaling
 from ditlit.models import DiT, macs, num_parameters
 
@@ -80,16 +79,18 @@ def evaluate_scaling(
         "reference_size": reference_size,
     }  # fmt: skip
     folder = Path(out)
-    begin(folder, {k: v for k, v in (drawing | judging).items() if k not in common} | {"point": point.name})
+    settings = {k: v for k, v in (drawing | judging).items() if k not in common} | {"point": point.name}
+    begin(folder, settings, ("scaling.png", "scaling.json"))
     rows = []
     for number, (name, cost) in enumerate(sorted(costs.items(), key=lambda item: item[1]["gmacs"]), 1):
         print(f"model {number} of {len(costs)}: {name}, step {cost['step']:,}", flush=True)
         drawn = folder / "models" / f"{name}-{cost['step']:08d}"
         result = run_point(point, drawn, drawing | {"ckpt": str(found[name])}, judging, keep_images=False)
         rows.append({"model": name} | cost | {"metrics": result["metrics"]})
-        write_tables(rows, folder)
-    picture = plot_scaling(rows, folder / "scaling.png")
-    print((folder / "table.md").read_text())
+        text = write_tables(rows, folder)
+    print(text)
+    with writing(folder, SHOWN):
+        picture = plot_scaling(rows, folder / "scaling.png")
     print(f"Look at {picture}")
 
 
@@ -133,20 +134,18 @@ def cost_of(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
-    """``table.csv``, ``table.md`` and ``scaling.json``, a row for each model."""
-    columns = ("model", "parameters", "gmacs", "step", "pflops", "hours", "val_loss")
+def write_tables(rows: list[dict[str, Any]], folder: Path) -> str:
+    """``table.csv``, ``table.md`` and ``scaling.json``, a row for each model; returns the text of the second."""
+    columns = ["model", "parameters", "gmacs", "step", "pflops", "hours", "val_loss"]
     names = list(rows[0]["metrics"])
     lines = [[row[name] for name in columns] + [row["metrics"][name] for name in names] for row in rows]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([[*columns, *names], *lines])
-    write_atomically(folder / "table.csv", text.getvalue().encode())
     heads = ["model", "parameters", "multiply-adds (G)", "steps", "training (PFLOP)", "hours", "held-out loss", *names]
     shown = [
         [model, f"{parameters / 1e6:.1f} M", f"{gmacs:.3f}", f"{step:,}", f"{pflops:.3g}", f"{hours:.2f}",
          f"{loss:.4f}", *(f"{value:.4g}" for value in values)]
         for model, parameters, gmacs, step, pflops, hours, loss, *values in lines
     ]  # fmt: skip
-    table = [heads, ["---"] * len(heads), *shown]
-    write_atomically(folder / "table.md", "".join("| " + " | ".join(line) + " |\n" for line in table).encode())
-    write_atomically(folder / "scaling.json", json.dumps(rows, indent=1).encode())
+    text = write_table(folder, columns + names, lines, heads, shown)
+    with writing(folder / "scaling.json", SHOWN):
+        write_atomically(folder / "scaling.json", json.dumps(rows, indent=1).encode())
+    return text

@@ -9,14 +9,15 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ditlit.data.folders import check_writable, write_atomically
+from ditlit.data.folders import check_output, check_writable, write_atomically, writing
 from ditlit.errors import InputError
-from ditlit.evaluation.passport import read_report
-from ditlit.evaluation.plots import plot_guidance, plot_steps
+from ditlit.evaluation.passport import SHOWN, read_report
+from ditlit.evaluation.plots import plot_guidance, plot_steps, pyplot
 
 POINT = "point.json"
 
@@ -115,14 +116,15 @@ def evaluate_sweep(
     }  # fmt: skip
     folder = Path(out)
     settings = {k: v for k, v in (drawing | judging).items() if k not in common}
-    begin(folder, settings)
+    begin(folder, settings, ("guidance.png", "steps.png"))
     rows = []
     for number, point in enumerate(points, 1):
         print(f"point {number} of {len(points)}: {point.name}", flush=True)
         rows.append(run_point(point, folder / "points" / point.name, drawing, judging, keep_images))
-        write_tables(rows, folder)
-    plots = [plot_guidance(rows, folder / "guidance.png"), plot_steps(rows, folder / "steps.png")]
-    print((folder / "table.md").read_text())
+        text = write_tables(rows, folder)
+    print(text)
+    with writing(folder, SHOWN):
+        plots = [plot_guidance(rows, folder / "guidance.png"), plot_steps(rows, folder / "steps.png")]
     print(f"Look at {' and '.join(str(path) for path in plots)}")
 
 
@@ -144,19 +146,30 @@ def interval_of(word: str) -> tuple[int, int] | None:
     return int(low), int(high)
 
 
-def begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder whose points were made with other settings: they would not compare."""
-    record = folder / "sweep.json"
-    if record.exists():
-        begun = json.loads(record.read_text())
-        different = [name for name, value in settings.items() if begun.get(name) != value]
-        if different:
-            raise InputError(
-                f"{record} says that this sweep was begun with other {', '.join(different)}: choose another --out"
-            )
-        return
+def begin(folder: Path, settings: dict[str, Any], plots: Sequence[str]) -> None:
+    """Begin or continue a sweep; what stands in the way of its results is found now, and not after the last point.
+
+    Raises:
+        InputError: for a folder whose points were made with other settings: they would not compare. Also where tables
+            and plots cannot be written.
+    """
+    pyplot()
     check_writable(folder, "--out")
-    write_atomically(record, json.dumps(settings, indent=1).encode())
+    for name in (*plots, "table.csv", "table.md"):
+        check_output(folder / name, "--out")
+    record = folder / "sweep.json"
+    if not record.exists():
+        write_atomically(record, json.dumps(settings, indent=1).encode())
+        return
+    try:
+        begun = dict(json.loads(record.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{record} cannot be read ({error}): choose another --out") from None
+    different = [name for name, value in settings.items() if begun.get(name) != value]
+    if different:
+        raise InputError(
+            f"{record} says that this sweep was begun with other {', '.join(different)}: choose another --out"
+        )
 
 
 def run_point(
@@ -191,15 +204,23 @@ def run(command: str, settings: dict[str, Any]) -> None:
         raise InputError(f"ditlit {command} failed, see above; the points before it are kept")
 
 
-def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
-    """``table.csv`` and ``table.md``, a line for each point."""
+def write_tables(rows: list[dict[str, Any]], folder: Path) -> str:
+    """``table.csv`` and ``table.md``, a line for each point; returns the latter's text."""
     names = list(rows[0]["metrics"])
     settings = ["sampler", "num_steps", "guidance_scale", "guidance_interval", "seconds"]
     lines = [[row[name] for name in settings] + [row["metrics"][name] for name in names] for row in rows]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([settings + names, *lines])
-    write_atomically(folder / "table.csv", text.getvalue().encode())
     shown = [["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in line] for line in lines]
-    table = [settings + names, ["---"] * len(settings + names), *shown]
-    markdown = "".join("| " + " | ".join(line) + " |\n" for line in table)
-    write_atomically(folder / "table.md", markdown.encode())
+    return write_table(folder, settings + names, lines, settings + names, shown)
+
+
+def write_table(
+    folder: Path, columns: list[str], lines: list[list[Any]], heads: list[str], shown: list[list[str]]
+) -> str:
+    """Write ``table.csv`` of lines, and ``table.md`` of the same as they are shown; returns the latter's text."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([columns, *lines])
+    markdown = "".join("| " + " | ".join(line) + " |\n" for line in [heads, ["---"] * len(heads), *shown])
+    for name, text in (("table.csv", file.getvalue()), ("table.md", markdown)):
+        with writing(folder / name, f"{SHOWN}, and the points are kept"):
+            write_atomically(folder / name, text.encode())
+    return markdown

@@ -1,8 +1,12 @@
 """A bounded folder on a local disk for the shards of remote stores, shared by stores, runs and processes."""
 
+import atexit
 import contextlib
 import os
 import re
+import shutil
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +32,17 @@ PATIENCE = 60.0  # seconds to wait for shards that other processes read or fetch
 POLL = 0.1
 
 
+def default_cache() -> "ShardCache":
+    """The cache that all runs of this user share; one for this process, with a warning, where it cannot be written."""
+    try:
+        return ShardCache()
+    except InputError as problem:
+        folder = tempfile.mkdtemp(prefix="ditlit-shards-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        print(f"ditlit: warning: {problem}. What is fetched is kept in {folder} for now.", file=sys.stderr)
+        return ShardCache(folder)
+
+
 class ShardCache:
     """Shards of remote stores on a local disk, never more than a given size of them.
 
@@ -49,15 +64,16 @@ class ShardCache:
     def __init__(self, folder: str | Path = DEFAULT_FOLDER, size_gb: float = 50):
         if fcntl is None:
             raise InputError("stores at URLs need Linux or macOS; copy the store to a local folder")
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(folder)
         self.num_bytes = int(size_gb * 1e9)
         if self.num_bytes <= 0:
             raise InputError(f"the cache needs a positive size in gigabytes, got {size_gb}")
         try:
+            self.folder = self.folder.expanduser()
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._folder_lock():
                 pass
-        except (OSError, NotImplementedError) as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home; or there are no locks
             raise InputError(f"cannot write to the cache {self.folder} ({error}); choose another cache_dir") from error
         self._ahead: ReadAhead | None = None
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -169,6 +169,30 @@ def check_writable(folder: Path, setting: str) -> None:
         raise InputError(
             f"cannot write to {folder}: {error.strerror or error}; choose another place with {setting}"
         ) from None
+
+
+def check_output(path: Path, setting: str) -> None:
+    """Refuse a file that ``setting`` has named and that cannot be written; creates its folder.
+
+    Raises:
+        InputError: see :func:`check_writable`; also where there is a folder in its place.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give a file with {setting}")
+    check_writable(path.parent, setting)
+
+
+@contextlib.contextmanager
+def writing(path: Path, otherwise: str = "") -> Iterator[None]:
+    """Write results to ``path``: a failure is one line, followed by what it leaves the user.
+
+    Raises:
+        InputError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}. {otherwise}".rstrip()) from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from ditlit.data.cache import ShardCache
+from ditlit.data.cache import ShardCache, default_cache
 from ditlit.data.folders import Folder, LocalFolder, open_folder, write_atomically
 from ditlit.data.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from ditlit.data.shards import (
@@ -158,7 +158,7 @@ class LatentStore:
         if isinstance(self.folder, LocalFolder):
             self._mapped = self._map_all(self.folder)
         else:
-            self.cache = cache or ShardCache()
+            self.cache = cache or default_cache()
         if self.manifest.labels is not None:
             self.labels = read_labels(self.folder, self.manifest)  # (n,)
         elif self._mapped is not None:

@@ -4,6 +4,8 @@ Every process takes each world_size-th batch and the first one writes, in the or
 same images on any number of devices, so the features are the same to the bit.
 """
 
+import errno
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -84,12 +86,28 @@ def extract(
                 ):
                     if layer not in writers:
                         path = folder / f"{layer}.npy"
-                        writers[layer] = np.lib.format.open_memmap(path, "w+", np.float32, (n, columns.shape[1]))
+                        writers[layer] = new_array(path, (n, columns.shape[1]))
                     writers[layer][batch_rows.start : batch_rows.stop] = columns
         if turn < len(mine):
             advance(len(mine[turn]))
     for writer in writers.values():
         writer.flush()
+
+
+def new_array(path: Path, shape: tuple[int, int]) -> np.memmap:
+    """An npy file of float32, mapped, with its space taken: on a full disk a write to the map would kill the process.
+
+    Raises:
+        OSError: where the disk has no room for it.
+    """
+    array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    try:
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except (AttributeError, OSError) as error:  # a system or a file system that cannot is left to its luck
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+    return array
 
 
 def features_of(images: Tensor, extractor: Extractor, layers: Sequence[str]) -> Features:

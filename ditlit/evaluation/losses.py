@@ -24,14 +24,14 @@ class Losses:
         t: timesteps.
         right: given the samples' labels.
         null: given the null label.
-        wrong: given other samples' labels.
+        wrong: given other samples' labels; None where there is one class only.
         raw: given the samples' labels, of the raw weights; None where there are none.
     """
 
     t: np.ndarray
     right: np.ndarray
     null: np.ndarray
-    wrong: np.ndarray
+    wrong: np.ndarray | None = None
     raw: np.ndarray | None = None
 
 
@@ -137,6 +137,8 @@ def about_latents(latents: Latents) -> list[str]:
 
 
 def about_labels(losses: Losses) -> list[str]:
+    if losses.wrong is None:  # the null label says as much as the only class does
+        return []
     worse_null, sure_null = paired(losses.null, losses.right)
     worse_wrong, sure_wrong = paired(losses.wrong, losses.right)
     if worse_wrong < 0 and sure_wrong:

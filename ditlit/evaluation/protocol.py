@@ -80,11 +80,12 @@ def layers_of(metrics: Sequence[str], source: Source, generated: bool) -> list[s
 
 
 def check_side(metrics: Sequence[str], source: Source, generated: bool) -> None:
-    """Refuse what a side without images cannot give.
+    """Refuse a side of too few images, and what one without images cannot give.
 
     Raises:
         InputError: naming the side and what it lacks.
     """
+    check_count(count(source))
     if source.images is not None or not layers_of(metrics, source, generated):
         return
     served = [m for m in metrics if not layers_of([m], source, generated)]
@@ -92,6 +93,11 @@ def check_side(metrics: Sequence[str], source: Source, generated: bool) -> None:
         f"{source.about.get('statistics file', source.about['location'])} has no images, and what it holds serves "
         f"{', '.join(served) or 'none of these metrics'} only; set --metrics to that"
     )
+
+
+def check_count(n: int | None) -> None:
+    if n is not None and n < 2:
+        raise InputError("both sides need at least two images")
 
 
 @dataclass
@@ -135,8 +141,8 @@ def measure(
     """
     results = Results()
     n = count(generated)
-    if (n is not None and n < 2) or min(map(len, reference.features.values()), default=2) < 2:
-        raise InputError("both sides need at least two images")
+    check_count(n)
+    check_count(min(map(len, reference.features.values()), default=None))
     for metric in [m for m in metrics if m in STATISTICS]:
         name, layer = title(metric, extractor), STATISTICS[metric]
         working_on(name)
@@ -168,14 +174,18 @@ def measure(
                 f"{name}: images lie class by class, and each split of {INCEPTION_SPLIT:,} sees only some classes, "
                 "which lowers it; draw with --num_samples instead of --per_class"
             )
-    if {"precision", "recall"} & set(metrics):
+    wanted = [m for m in ("precision", "recall") if m in metrics]
+    sides = [side.features["pool"] for side in (generated, reference)] if wanted else []
+    if wanted and min(map(len, sides)) <= NEIGHBOURS:
+        text = f"precision and recall need more than {NEIGHBOURS} images on both sides"
+        if wanted == list(metrics):
+            raise InputError(text)
+        results.warnings.append(f"{text}: left out")  # the other numbers are not lost
+    elif wanted:
         working_on("precision and recall")
-        sides = [side.features["pool"] for side in (generated, reference)]
-        if min(map(len, sides)) <= NEIGHBOURS:
-            raise InputError(f"precision and recall need more than {NEIGHBOURS} images on both sides")
         found = precision_recall(*sides, device=device)
         for metric, inside in (("precision", found.precise), ("recall", found.recalled)):
-            if metric in metrics:
+            if metric in wanted:
                 name = title(metric, extractor)
                 results.metrics[name] = getattr(found, metric)
                 if bootstrap:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from ditlit.data.folders import check_writable
 from ditlit.data.vae import Autoencoder, load_autoencoder, state_hash
 from ditlit.diffusion.sampling import mix
 from ditlit.errors import InputError, check_positive
@@ -32,6 +34,8 @@ class SampleMetrics(Callback):
     Metrics are logged as ``eval/FID`` and so on, where a ``ModelCheckpoint`` can monitor them, and each evaluation
     leaves a report in ``evaluations/`` in the run's folder. Other extractors' distances are logged under their name,
     as in ``eval/Frechet_distance_DINOv2``. Few samples give high distances: compare them within a run only.
+
+    What cannot be written costs a warning that gives the numbers, and the run goes on.
 
     The extractor belongs to this callback: none of it enters checkpoints or the moving average.
 
@@ -99,9 +103,11 @@ class SampleMetrics(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Loaded now, so that what cannot be had stops the run before it starts.
-        self._folder = run_folder(trainer)
+        self._reports = run_folder(trainer) / "evaluations"
         if stage not in ("fit", "validate", "test") or self._network is not None:
             return
+        if not trainer.fast_dev_run:
+            check_writable(self._reports, "--trainer.default_root_dir")
         device = trainer.strategy.root_device
         self._autoencoder = load_autoencoder(trainer.datamodule.manifest.vae, self.vae).to(device)
         self._network = load_extractor(self.extractor, self.inception_weights).to(device)
@@ -216,7 +222,12 @@ class SampleMetrics(Callback):
         device = trainer.strategy.root_device
         report = passport(results, generated, self._real, self._network, device, ("not kept", self._real_hash))
         kind = "test" if trainer.testing else "step"
-        write_report(report, self._folder / "evaluations" / f"{kind}-{step:08d}.json")
+        path = self._reports / f"{kind}-{step:08d}.json"
+        try:
+            write_report(report, path)
+        except OSError as error:
+            numbers = ", ".join(f"{name} {value:.5g}" for name, value in results.metrics.items())
+            rank_zero_warn(f"cannot write {path} ({error.strerror or error}). At step {step}: {numbers}")
 
 
 def hash_of_average(trainer: Trainer, pl_module: LightningModule) -> str:
