@@ -236,7 +236,7 @@ def test_broken_images_are_named_and_what_is_written_is_kept(images, tiny, tmp_p
     shutil.copytree(images, root)
     good = (root / "bee" / "3.png").read_bytes()
     (root / "bee" / "3.png").write_bytes(good[:60])
-    with pytest.raises(InputError, match=r"1 images cannot be decoded:\n  bee/3.png: .*\nEvery shard without them"):
+    with pytest.raises(InputError, match=r"1 image cannot be decoded:\n  bee/3.png: .*\nEvery shard without them"):
         run(root, tmp_path / "s", tiny, shard_size=3)
     shards = {name: data for name, data in contents(tmp_path / "s").items() if name.startswith("shard")}
     assert len(shards) == NUM // 3 - 1 and not (tmp_path / "s" / "manifest.json").exists()

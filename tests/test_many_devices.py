@@ -233,7 +233,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path, store):
     words = ["--config", str(config), "--data.global_batch_size", "6"]
     assert run(4, ["fit", *words], tmp_path / "run") == [2] * 4
     message = (
-        "global_batch_size 6 does not divide evenly over 4 devices and 1 accumulated batches; choose a multiple of 4"
+        "global_batch_size 6 does not divide evenly over 4 devices and 1 accumulated batch; choose a multiple of 4"
     )
     assert message in (tmp_path / "run" / "log.txt").read_text()
 

@@ -59,7 +59,7 @@ def test_half_are_flipped():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(ranks=5), "12 does not divide evenly over 5 devices and 1 accumulated batches; choose a multiple of 5"),
+        (dict(ranks=5), "12 does not divide evenly over 5 devices and 1 accumulated batch; choose a multiple of 5"),
         (dict(batch=64), "global_batch_size 64 exceeds the 50 training samples"),
     ],
 )

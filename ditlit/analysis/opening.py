@@ -15,7 +15,7 @@ from ditlit.data.manifest import MANIFEST
 from ditlit.data.store import LatentStore, per_channel
 from ditlit.data.vae import Autoencoder, load_autoencoder
 from ditlit.diffusion import Sampling
-from ditlit.errors import InputError
+from ditlit.errors import InputError, counted
 from ditlit.generation.drawing import Drawer
 from ditlit.pictures import to_uint8
 
@@ -111,8 +111,8 @@ def open_checkpoint(
     built_for = (denoiser.in_channels, *denoiser.input_size), denoiser.num_classes
     if (manifest.shape, manifest.num_classes) != built_for:
         raise InputError(
-            f"{opened.location} holds latents of shape {manifest.shape} in {manifest.num_classes} classes, {ckpt} is "
-            f"built for {built_for[0]} in {built_for[1]}; name another store"
+            f"{opened.location} holds latents of shape {manifest.shape} in {counted(manifest.num_classes, 'class')}, "
+            f"{ckpt} is built for {built_for[0]} in {built_for[1]}; name another store"
         )
     raw = other_weights(ckpt, loaded)
     for model in (loaded, raw):

@@ -30,7 +30,7 @@ from ditlit.benchmarking.training import (
 from ditlit.checkpoints.contents import variant_name
 from ditlit.data.folders import is_remote
 from ditlit.data.manifest import MANIFEST
-from ditlit.errors import InputError, check_positive
+from ditlit.errors import InputError, check_positive, counted
 from ditlit.models import DiT, macs, num_parameters
 from ditlit.training import DiTModule
 from ditlit.training.devices import PRECISIONS
@@ -146,7 +146,7 @@ class Benchmark:
         return ", ".join(data.locations)
 
     def measure_training(self) -> tuple[TrainingResult, Ceiling]:
-        say(f"training steps of {self.share} samples")
+        say(f"training steps of {counted(self.share, 'sample')}")
         makers: dict[str, MakeTurn] = {}
         products: list[Products] = []
         dtype = product_dtype(self.precision)
@@ -221,7 +221,9 @@ class Benchmark:
                 if parts is None
                 else f"set --trainer.accumulate_grad_batches {parts}"
             )
-            raise InputError(f"{samples} samples fit at once, but the configuration has {self.micro_batch}: {remedy}")
+            raise InputError(
+                f"{counted(samples, 'sample')} fit at once, but the configuration has {self.micro_batch}: {remedy}"
+            )
         return LargestBatch(samples, parts)
 
     # Sampling ----------------------------------------------------------------------------------------------------
@@ -261,7 +263,7 @@ def enough_memory(n: int) -> Iterator[None]:
         if not ran_out(error):
             raise
         raise InputError(
-            f"out of memory with {n} samples at once: raise --trainer.accumulate_grad_batches, set "
+            f"out of memory with {counted(n, 'sample')} at once: raise --trainer.accumulate_grad_batches, set "
             "--model.denoiser.use_checkpoint true, or give each GPU less with --plan; --find_batch_size true finds "
             "what fits"
         ) from error

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ditlit.benchmarking.plan import Plan, Row
 from ditlit.benchmarking.report import Report, Speed
+from ditlit.errors import counted
 
 NOTHING = "-"
 UNITS = [("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)]
@@ -93,7 +94,7 @@ def remarks(report: Report) -> str:
 def largest(report: Report) -> str:
     found, size = report.largest_batch, report.subject.global_batch_size
     where = "1 GPU" if report.plan is None else gpus(report.plan)
-    text = f"Largest batch: {found.samples} samples at once on this device."
+    text = f"Largest batch: {counted(found.samples, 'sample')} at once on this device."
     if found.accumulate is None:
         return f"{text} No number of accumulated batches makes global_batch_size {size} fit {where}."
     return f"{text} For global_batch_size {size} on {where}: --trainer.accumulate_grad_batches {found.accumulate}"

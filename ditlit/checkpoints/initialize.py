@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditlit.checkpoints.contents import Contents, check_shapes, describe
-from ditlit.errors import InputError
+from ditlit.errors import InputError, counted
 from ditlit.models.embeddings import sincos_positions
 
 
@@ -90,12 +90,12 @@ def fit_labels(
             silent = (
                 "the store does not name" if known else "the checkpoint does not name" if names else "neither names"
             )
-            return [f"Labels: {len(table) - 1} classes, copied by number, as {silent} them"]
+            return [f"Labels: {counted(len(table) - 1, 'class')}, copied by number, as {silent} them"]
     pairs = same_names(names, known)  # (our row, their row)
     for row, other in (*pairs, (-1, -1)):
         table[row] = theirs[other].to(table.dtype)
     state[key] = table
-    classes = f"{len(theirs) - 1} to {len(table) - 1} classes"
+    classes = f"{len(theirs) - 1} to {counted(len(table) - 1, 'class')}"
     return [f"Labels: {classes}, {len(pairs)} copied by name, {len(table) - 1 - len(pairs)} new, and the null class"]
 
 

@@ -15,7 +15,7 @@ from ditlit.checkpoints.safetensors_files import write_safetensors
 from ditlit.checkpoints.torch_files import write_released, write_training
 from ditlit.data.folders import check_writable
 from ditlit.data.vae import load_vae, weights_hash
-from ditlit.errors import InputError
+from ditlit.errors import InputError, counted
 from ditlit.models import DiT, num_parameters
 
 SUFFIXES = {".ckpt": "ckpt", ".pt": "released", ".pth": "released", ".safetensors": "safetensors", "": "diffusers"}
@@ -133,6 +133,6 @@ def summary(contents: Contents) -> str:
     which = "" if contents.weights == "unknown" else f"{contents.weights} weights, "
     return (
         f"{contents.format}, {which}{variant_name(contents.config)}, {parameters:,} parameters, "
-        f"{contents.config['num_classes']} classes, input {contents.config['in_channels']}x{height}x{width}"
+        f"{counted(contents.config['num_classes'], 'class')}, input {contents.config['in_channels']}x{height}x{width}"
         + (f", step {contents.step}" if contents.step else "")
     )

@@ -23,7 +23,7 @@ from ditlit.data.sources import ImageSource, open_images
 from ditlit.data.store import finish_store
 from ditlit.data.summary import summarize
 from ditlit.data.vae import Autoencoder
-from ditlit.errors import InputError, check_positive
+from ditlit.errors import InputError, check_positive, counted
 
 SETTINGS = "encode.json"  # how the store is made, written first: a rerun must continue with the same
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -156,7 +156,7 @@ def encode(
         written = [done[k] for k in sorted(done)]
         skipped = {name: why for shard in written for name, why in shard.skipped.items()}
         if len(skipped) == len(source):
-            raise InputError(f"none of the {len(source):,} images can be decoded: {report(skipped)}")
+            raise InputError(f"none of {counted(len(source), 'image')} can be decoded: {report(skipped)}")
         manifest = finish(folder, written, source, autoencoder, image_size, flips, normalize)
         if skipped:
             print(report(skipped))
@@ -170,8 +170,8 @@ def check(location: str) -> None:
         raise InputError(f"{location} is damaged:\n  " + "\n  ".join(problems))
     manifest = read_manifest(open_folder(location))
     print(
-        f"{location} is whole: {manifest.num_samples:,} samples in {len(manifest.shards)} shards, every checksum, "
-        "shape, label and number"
+        f"{location} is whole: {counted(manifest.num_samples, 'sample')} in {counted(len(manifest.shards), 'shard')}, "
+        "every checksum, shape, label and number"
     )
 
 
@@ -275,4 +275,4 @@ def report(broken: dict[str, str]) -> str:
     lines = [f"  {name}: {broken[name]}" for name in names[:MOST_NAMED]]
     if len(names) > MOST_NAMED:
         lines.append(f"  and {len(names) - MOST_NAMED} more")
-    return f"{len(names)} images cannot be decoded:\n" + "\n".join(lines)
+    return f"{counted(len(names), 'image')} cannot be decoded:\n" + "\n".join(lines)

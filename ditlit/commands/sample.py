@@ -17,7 +17,7 @@ from ditlit.data.classes import Classes, parse_classes
 from ditlit.data.folders import check_writable
 from ditlit.data.vae import load_autoencoder, weights_hash
 from ditlit.diffusion import Sampling
-from ditlit.errors import InputError, check_positive
+from ditlit.errors import InputError, check_positive, counted
 from ditlit.generation.classes import plan_labels
 from ditlit.generation.drawing import Drawer
 from ditlit.generation.folder import SampleFolder
@@ -185,7 +185,7 @@ def sample(
     fabric.barrier()
     if fabric.global_rank == 0:
         folder.finish(per_class if num_samples is None else 8, "npz" in products)
-        print(f"{len(y):,} images in {folder.path / 'images'}\nLook at {folder.path / 'grid.png'}")
+        print(f"{counted(len(y), 'image')} in {folder.path / 'images'}\nLook at {folder.path / 'grid.png'}")
 
 
 def numbers(text: str) -> list[float]:

@@ -45,13 +45,14 @@ def parse_classes(
     words: Sequence[str | int] = given if isinstance(given, (list, tuple)) else [given]
     if isinstance(given, str):
         words = words_of(given, names)
-    classes = []
+    classes: list[int] = []
+    told = False  # one example of the rule is enough
     for word in words:
         text = str(word).strip()
         numbers = known.get(text) or known.get(text.lower())
         is_number = re.fullmatch("-?[0-9]{1,18}", text)  # not isdigit: int() does not take all of those
         if numbers:
-            tell_ambiguous(text, numbers, names, int(text) if is_number else None)
+            told = told or tell_ambiguous(text, numbers, names, int(text) if is_number else None)
             classes.append(numbers[0])
         elif is_number:
             if not 0 <= int(text) < num_classes:
@@ -100,18 +101,21 @@ def words_of(text: str, names: Sequence[str]) -> list[str]:
     return words
 
 
-def tell_ambiguous(word: str, numbers: list[int], names: Sequence[str], number: int | None) -> None:
-    """Say how a word was read that could be read otherwise."""
+def tell_ambiguous(word: str, numbers: list[int], names: Sequence[str], number: int | None) -> bool:
+    """Say how a word was read that could be read otherwise; returns whether it could."""
     if number is not None and 0 <= number < len(names) and number not in numbers:
         say_once(
             f"Class {word} is the one that is called {word} (number {numbers[0]}), not number {number} "
             f"({names[number]!r}): what is the name of a class is taken for the name."
         )
+        return True
     elif len(numbers) > 1:
         say_once(
             f"{word!r} could be any of the classes {', '.join(map(str, numbers))}; number {numbers[0]} is taken. Give "
             "the number of another one."
         )
+        return True
+    return False
 
 
 def match_classes(theirs: ClassSet, ours: ClassSet, setting: str, given: Classes | None = None) -> list[int]:

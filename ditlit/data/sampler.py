@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from ditlit.data.mixture import Mixture
-from ditlit.errors import InputError, check_positive
+from ditlit.errors import InputError, check_positive, counted
 
 
 class ShuffleWindows:
@@ -97,12 +97,12 @@ class TrainOrder(DistributedSampler):
         parts = num_ranks * accumulate
         if global_batch_size % parts:
             raise InputError(
-                f"global_batch_size {global_batch_size} does not divide evenly over {num_ranks} devices and "
-                f"{accumulate} accumulated batches; choose a multiple of {parts}"
+                f"global_batch_size {global_batch_size} does not divide evenly over {counted(num_ranks, 'device')} and "
+                f"{counted(accumulate, 'accumulated batch')}; choose a multiple of {parts}"
             )
         if global_batch_size > num_samples:
             raise InputError(
-                f"global_batch_size {global_batch_size} exceeds the {num_samples} training samples; lower it"
+                f"global_batch_size {global_batch_size} exceeds the {counted(num_samples, 'training sample')}; lower it"
             )
         self.num_samples = num_samples
         self.global_batch_size = global_batch_size

@@ -14,7 +14,7 @@ from ditlit.data.images import SUFFIXES
 from ditlit.data.label_files import label_file, labelled
 from ditlit.data.numbering import Numbering, number_classes
 from ditlit.data.sidecars import one_of_each_sample, sidecar_labels
-from ditlit.errors import InputError
+from ditlit.errors import InputError, counted
 
 Label = int | str
 NAMED = 3  # classes in the line that says what a source holds
@@ -118,7 +118,7 @@ def open_images(images: str | Path, labels: str | Path | None = None, within: st
     check_links(listing, [image for image, _ in chosen])
     entries = sorted(entry_of(*image) for image in chosen)
     numbering = number_classes([entry.label for entry in entries], file[0] if file else str(root))
-    about = f"{counted(len(entries), 'image', 'images')} in {described(numbering)}, {origin}; {listing.left_out}"
+    about = f"{counted(len(entries), 'image')} in {described(numbering)}, {origin}; {listing.left_out}"
     about = "".join(c if c.isprintable() else repr(c)[1:-1] for c in about)
     return ImageSource(root, listing.archives, entries, *numbering, about)
 
@@ -127,11 +127,7 @@ def described(numbering: Numbering) -> str:
     """``4 classes (ant, bee, cat, ...)``."""
     k, names = numbering.num_classes, numbering.names
     some = f"0 to {k - 1}" if names is None else ", ".join([*names[:NAMED], *["..."][: k > NAMED]])
-    return f"{counted(k, 'class', 'classes')} ({some})"
-
-
-def counted(n: int, one: str, more: str) -> str:
-    return f"{n:,} {one if n == 1 else more}"
+    return f"{counted(k, 'class')} ({some})"
 
 
 def entry_of(file: File, label: Label | None) -> Entry:
@@ -162,6 +158,6 @@ def check_links(listing: Listing, images: list[File]) -> None:
             else "restore what they link to, or delete them"
         )
         raise InputError(
-            f"{listing.root}: {len(lost):,} of {len(images):,} images are links that lead nowhere, such as "
+            f"{listing.root}: {len(lost):,} of {counted(len(images), 'image')} are links that lead nowhere, such as "
             f"{lost[0]!r}; {remedy}"
         )

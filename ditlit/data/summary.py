@@ -16,6 +16,7 @@ from ditlit.data.images import preprocess
 from ditlit.data.manifest import Manifest
 from ditlit.data.sources import ImageSource
 from ditlit.data.vae import Autoencoder
+from ditlit.errors import counted
 from ditlit.pictures import grid_of, to_uint8
 
 ROUND_TRIPS = 8
@@ -65,16 +66,19 @@ def summarize(
     }
     folder.write(SUMMARY, json.dumps(about, indent=1).encode())
     few, many = int(np.argmin(counts)), int(np.argmax(counts))
-    spread = "" if counts[few] == counts[many] else f", {names[few]}, to {counts[many]:,}, {names[many]}"
+    sizes = counted(counts[many], "image")
+    if counts[few] < counts[many]:
+        sizes = f"{counts[few]:,} ({names[few]}) to {sizes} ({names[many]})"
     flips = " with their mirror images" if manifest.flipped else ""
     c, h, w = manifest.shape
     print(
-        f"{manifest.num_samples:,} images{flips} as {manifest.kind} of {c}x{h}x{w}, {num_bytes / 1e9:.3f} GB in "
-        f"{len(manifest.shards)} shards\n"
-        f"{manifest.num_classes} classes of {counts[few]:,}{spread} images\n"
+        f"{counted(manifest.num_samples, 'image')}{flips} as {manifest.kind} of {c}x{h}x{w}, {num_bytes / 1e9:.3f} GB "
+        f"in {counted(len(manifest.shards), 'shard')}\n"
+        f"{counted(manifest.num_classes, 'class')} of {sizes}\n"
         f"latents: mean {numbers(mean)}, std {numbers(std)}; what a model sees: mean {numbers(scaled_mean)}, std "
         f"{numbers(scaled_std)}\n"
-        f"round trip: PSNR {np.mean(psnr):.1f} dB over {len(psnr)} images ({min(psnr):.1f} to {max(psnr):.1f})\n"
+        f"round trip: PSNR {np.mean(psnr):.1f} dB over {counted(len(psnr), 'image')} ({min(psnr):.1f} to "
+        f"{max(psnr):.1f})\n"
         f"Look at them beside the originals: {folder.location(CONTACT_SHEET)}"
     )
 

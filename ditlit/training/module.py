@@ -21,7 +21,7 @@ from ditlit.data.manifest import Manifest
 from ditlit.data.store import per_channel
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.diffusion.sampling import StepCallback, mix, normal, sample_generators
-from ditlit.errors import InputError, check_positive
+from ditlit.errors import InputError, check_positive, counted
 from ditlit.models.compiling import compile_blocks
 from ditlit.training.devices import split, whole
 from ditlit.training.draws import StepDraws
@@ -145,8 +145,9 @@ class DiTModule(LightningModule):
             )
         if manifest.num_classes != self.denoiser.num_classes:
             raise InputError(
-                f"the store {self.trainer.datamodule.store} has {manifest.num_classes} classes, but the denoiser is "
-                f"built for {self.denoiser.num_classes}; set --model.denoiser.num_classes {manifest.num_classes}"
+                f"the store {self.trainer.datamodule.store} has {counted(manifest.num_classes, 'class')}, but the "
+                f"denoiser is built for {self.denoiser.num_classes}; set --model.denoiser.num_classes "
+                f"{manifest.num_classes}"
             )
         self._take_latents(manifest.shift, manifest.scale)
 
