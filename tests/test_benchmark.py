@@ -1,8 +1,11 @@
 """The benchmark: steps of the real training path, arithmetic by hand, and nothing left behind."""
 
 import contextlib
+import errno
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -551,6 +554,18 @@ def test_mistakes_are_told_before_anything_is_measured(run, args, message, monke
     monkeypatch.setattr(training.Subject, "fit", lambda *args, **kwargs: pytest.fail("nothing should run"))
     with pytest.raises(InputError, match=message):
         run(*args)
+
+
+def test_a_report_that_cannot_be_written_is_shown(run, monkeypatch, capsys):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("ditlit.benchmarking.cli.write_atomically", full)
+    monkeypatch.setattr("ditlit.benchmarking.cli.as_text", lambda report: "the numbers")
+    monkeypatch.setattr(Benchmark, "run", lambda self: SimpleNamespace(as_dict=dict))
+    with pytest.raises(InputError, match=r"json: No space left on device. The numbers are those shown above"):
+        run()
+    assert "the numbers" in capsys.readouterr().out
 
 
 def test_one_process_measures(make_build, monkeypatch):

@@ -66,6 +66,20 @@ def test_names_go_before_numbers_and_whole_names_before_parts(given, expected):
         assert parse_classes(given, 5, NAMES) == expected
 
 
+def test_the_rule_is_said_once_however_many_classes_it_concerns(capsys):
+    names = sorted(map(str, range(20)))
+    assert parse_classes(",".join(map(str, range(20))), 20, names) == [names.index(str(k)) for k in range(20)]
+    assert parse_classes(list(range(20)), 20, names) == [names.index(str(k)) for k in range(20)]
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize("written", ["4", "'4'", "[4]"])
+def test_one_class_needs_no_list_in_a_config(written, tmp_path):
+    (tmp_path / "sample.yaml").write_text(f"ckpt: a\nout: b\nclasses: {written}\n")
+    settings = command_parser("sample").parse_args(["--config", str(tmp_path / "sample.yaml")])
+    assert parse_classes(settings.classes, 5, NAMES) == [4]
+
+
 def test_a_word_that_could_be_several_classes_is_told(capsys):
     assert parse_classes("crane", 5, NAMES) == [1]
     assert "'crane' could be any of the classes 1, 4; number 1 is taken" in capsys.readouterr().out

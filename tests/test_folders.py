@@ -1,9 +1,11 @@
 """Folders on a disk and at URLs: whole files or none, transient errors tried again, others reported at once."""
 
+from pathlib import Path
+
 import pytest
 
 from ditlit.data import folders
-from ditlit.data.folders import LocalFolder, RemoteFolder, open_folder, persistently
+from ditlit.data.folders import LocalFolder, RemoteFolder, check_output, open_folder, persistently
 from ditlit.errors import InputError
 
 
@@ -31,6 +33,16 @@ def test_paths_and_urls_are_told_apart(tmp_path):
     assert isinstance(open_folder("memory://x"), RemoteFolder)
     with pytest.raises(InputError, match=r"cannot open nowhere://x: .*nowhere"):
         open_folder("nowhere://x")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x.json", "hf://datasets/a/b/x.json"])
+def test_results_are_not_written_into_folders_that_are_called_like_urls(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where = url.removesuffix("/x.json")
+    with pytest.raises(InputError, match=f"local folder, not to {where}: choose one with --out"):
+        check_output(Path(url), "--out")
+    check_output(Path("s3/a:b/x.json"), "--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["s3"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from image_files import RED, encoded, listing, quadrants, write_files, write_tar
 from PIL import Image
 
+from ditlit.commands.encode import workers
 from ditlit.data.images import BrokenImage, center_crop, decode, preprocess
 from ditlit.data.sources import open_images
 from ditlit.errors import InputError
@@ -209,6 +210,14 @@ def test_a_thousand_archives_are_not_held_open(tmp_path):
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     assert [source.read(i) for i in range(40)] == [bytes([i]) for i in range(40)]
     assert not before or len(os.listdir("/proc/self/fd")) < before + 10
+
+
+def test_archives_are_read_where_the_system_has_no_pread(tmp_path, monkeypatch):
+    for call in ("pread", "preadv", "sched_getaffinity"):
+        monkeypatch.delattr(os, call, raising=False)
+    write_tar(tmp_path / "x.tar", {"cat/a.png": b"cat", "dog/b.png": b"dog"})
+    source = open_images(tmp_path / "x.tar")
+    assert [source.read(i) for i in range(2)] == [b"cat", b"dog"] and workers(1) >= 1
 
 
 def test_what_is_wrong_with_an_image_is_said_the_same_in_every_run():

@@ -11,8 +11,7 @@ from ditlit.benchmarking.benchmark import Benchmark, Settings
 from ditlit.benchmarking.table import as_text
 from ditlit.benchmarking.training import Subject
 from ditlit.cli import DitlitCLI
-from ditlit.data.folders import check_writable, is_remote, write_atomically
-from ditlit.errors import InputError
+from ditlit.data.folders import SHOWN, check_output, write_atomically, writing
 
 DESCRIPTION = """Measure what a configuration costs, before training it. Example: ditlit benchmark --config xl2.yaml
     --data.store /data/imagenet-latents --compare diffusers --plan "400k steps, 8 GPUs". Steps are those of fit on one
@@ -53,16 +52,10 @@ class BenchmarkCLI(DitlitCLI):
     def benchmark(self) -> None:
         """Measure, print the table, and write the results."""
         settings = Settings(**{field.name: self.config[field.name] for field in fields(Settings)})
-        out = self._writable(settings.out)
+        out = Path(settings.out or f"{self.config.trainer.default_root_dir}/{RESULTS}")
+        check_output(out, "--out")
         report = Benchmark(self.build, settings, self.config.matmul_precision).run()
-        write_atomically(out, json.dumps(report.as_dict(), indent=1).encode())
-        print(f"\n{as_text(report)}\n\nWritten to {out}")
-
-    def _writable(self, given: str | None) -> Path:
-        out = given or f"{self.config.trainer.default_root_dir}/{RESULTS}"
-        if is_remote(out):
-            raise InputError(f"results are written to a local file, not to {out}: choose one with --out")
-        if Path(out).is_dir():
-            raise InputError(f"{out} is a folder: --out is the file for the results")
-        check_writable(Path(out).parent, "--out" if given else "--trainer.default_root_dir")
-        return Path(out)
+        print(f"\n{as_text(report)}\n")
+        with writing(out, SHOWN):
+            write_atomically(out, json.dumps(report.as_dict(), indent=1).encode())
+        print(f"Written to {out}")

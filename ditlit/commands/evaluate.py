@@ -11,13 +11,13 @@ from lightning.fabric import Fabric
 
 from ditlit.commands.encode import workers
 from ditlit.commands.processes import Progress, launch, share
-from ditlit.data.folders import check_output, is_remote, writing
+from ditlit.data.folders import SHOWN, check_output, is_remote, writing
 from ditlit.errors import InputError, check_positive
 from ditlit.evaluation.cache import DEFAULT_FOLDER, FeatureCache
 from ditlit.evaluation.extraction import extract
 from ditlit.evaluation.extractors import Extractor, Inception, describe, load_extractor
 from ditlit.evaluation.images import FolderImages
-from ditlit.evaluation.passport import SHOWN, comparison, passport, read_report, write_report
+from ditlit.evaluation.passport import comparison, passport, read_report, write_report
 from ditlit.evaluation.protocol import (
     STATISTICS,
     Results,

@@ -9,9 +9,8 @@ import yaml
 from ditlit import checkpoints
 from ditlit.analysis.curves import read_curves
 from ditlit.commands.evaluate_sweep import Point, begin, run_point, write_table
-from ditlit.data.folders import write_atomically, writing
+from ditlit.data.folders import SHOWN, write_atomically, writing
 from ditlit.errors import InputError
-from ditlit.evaluation.passport import SHOWN
 from ditlit.evaluation.plots import plot_scaling
 from ditlit.models import DiT, macs, num_parameters
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ditlit.data.folders import check_output, check_writable, write_atomically, writing
+from ditlit.data.folders import SHOWN, check_output, check_writable, write_atomically, writing
 from ditlit.errors import InputError
-from ditlit.evaluation.passport import SHOWN, read_report
+from ditlit.evaluation.passport import read_report
 from ditlit.evaluation.plots import plot_guidance, plot_steps, pyplot
 
 POINT = "point.json"

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from ditlit.errors import InputError, counted
 
-Classes = list[str | int] | str  # what such a setting takes
+Classes = list[str | int] | str | int  # what such a setting takes
 
 
 class ClassSet(NamedTuple):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -159,8 +160,11 @@ def check_writable(folder: Path, setting: str) -> None:
     """Create a local folder that ``setting`` has named.
 
     Raises:
-        InputError: where that fails, or no file can be written there.
+        InputError: where that fails, no file can be written there, or it is a URL.
     """
+    if re.match("[a-z][a-z0-9+.-]+:/", str(folder)):  # a Path has but one slash left of a URL
+        url = str(folder).replace(":/", "://", 1)
+        raise InputError(f"results are written to a local folder, not to {url}: choose one with {setting}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -180,6 +184,9 @@ def check_output(path: Path, setting: str) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a file with {setting}")
     check_writable(path.parent, setting)
+
+
+SHOWN = "The numbers are those shown above"  # what is left where they cannot be written
 
 
 @contextlib.contextmanager

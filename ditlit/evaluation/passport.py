@@ -18,7 +18,6 @@ from ditlit.evaluation.extractors import Extractor, describe
 from ditlit.evaluation.protocol import SETTINGS, Results
 from ditlit.evaluation.sources import Source
 
-SHOWN = "The numbers are those shown above"  # where they cannot be written
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pillow", "lightning", "diffusers")
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from ditlit.data.folders import check_writable
+from ditlit.data.folders import check_writable, is_remote
 from ditlit.data.vae import Autoencoder, load_autoencoder, state_hash
 from ditlit.diffusion.sampling import mix
 from ditlit.errors import InputError, check_positive
@@ -106,7 +106,7 @@ class SampleMetrics(Callback):
         self._reports = run_folder(trainer) / "evaluations"
         if stage not in ("fit", "validate", "test") or self._network is not None:
             return
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run and not is_remote(trainer.default_root_dir):
             check_writable(self._reports, "--trainer.default_root_dir")
         device = trainer.strategy.root_device
         self._autoencoder = load_autoencoder(trainer.datamodule.manifest.vae, self.vae).to(device)
