@@ -49,6 +49,9 @@ def main() -> None:
         print(__version__)
         return
     let_idle_threads_sleep()
+    for stream in (sys.stdout, sys.stderr):  # a name that the console cannot show is no reason to lose what was done
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     command = next((name for name in (" ".join(sys.argv[1:3]), sys.argv[1]) if name in FUNCTIONS), None)
     try:
         if command is not None:
@@ -74,6 +77,13 @@ def main() -> None:
         if command is None or error.errno not in DISK_FULL:
             raise
         print(f"\nditlit: error: {error.strerror}. Free some space and {KEPT}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        workers = sys.modules.get("ditlit.data.workers")
+        reason = workers and workers.lost_worker(error)
+        if reason is None:
+            raise
+        print(f"\nditlit: error: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nditlit: stopped by Ctrl-C" + (f"; {KEPT}" if command else ""), file=sys.stderr)

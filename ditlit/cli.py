@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ditlit.data import LatentDataModule
 from ditlit.data.folders import check_writable, is_remote, open_folder
+from ditlit.data.workers import own_words
 from ditlit.errors import InputError
 from ditlit.training import CheckpointFiles, DiTModule, Heartbeat, Interrupted, StopOnSignal
 from ditlit.training.checkpoint_files import newest_complete, set_aside
@@ -68,12 +69,6 @@ def with_found_configs(args: list[str]) -> list[str]:
         elif arg.startswith("--config="):
             args[i] = "--config=" + find_config(arg.removeprefix("--config="))
     return args
-
-
-def own_words(error: InputError) -> str:
-    """What an error says, without the traceback that a process which reads data ahead puts around it."""
-    text = str(error)
-    return text.rsplit("InputError: ", 1)[-1].strip() if text.startswith("Caught InputError in DataLoader") else text
 
 
 def mistake_in(error: ValueError) -> InputError:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,19 @@ class SignalAt(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
             signal.raise_signal(signal.SIGTERM)
+
+
+class SignalJob(Callback):
+    """After a step, sends the workers a signal, and this process too, as a scheduler does: from outside, to all."""
+
+    def __init__(self, step: int, name: str, itself: bool):
+        self.step, self.name, self.itself = step, name, itself
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            processes = [child.pid for child in multiprocessing.active_children()] + [os.getpid()] * self.itself
+            assert len(processes) > 1
+            subprocess.run(["kill", f"-{self.name}", *map(str, processes)], check=True)
 
 
 class Poison(Callback):

@@ -12,6 +12,7 @@ import time
 import fsspec
 import numpy as np
 import pytest
+import ranks
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from PIL import Image
@@ -22,6 +23,7 @@ from ditlit.data.images import preprocess
 from ditlit.data.sources import open_images
 from ditlit.data.store import LatentStore
 from ditlit.data.vae import Autoencoder, load_decoder
+from ditlit.data.workers import lost_worker
 from ditlit.errors import InputError
 
 SIZE, PER_CLASS, CLASSES = 16, 9, ("ant", "bee", "cat")
@@ -252,6 +254,48 @@ def test_broken_images_are_named_and_what_is_written_is_kept(images, tiny, tmp_p
     run(root, tmp_path / "s", tiny, shard_size=3)
     run(images, tmp_path / "clean", tiny, shard_size=3)
     assert contents(tmp_path / "s") == contents(tmp_path / "clean")
+
+
+def with_an_unreadable_image(images, folder):
+    """What the system, and not the content of a file, keeps from being read."""
+    shutil.copytree(images, folder)
+    (folder / "bee" / "x.png").symlink_to("/proc/self/mem")
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that gives an error to everybody who reads it")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_of_the_system_ends_the_job_and_is_no_broken_image(images, tmp_path, num_workers):
+    root = with_an_unreadable_image(images, tmp_path / "images")
+    with pytest.raises(InputError, match=r"^cannot read 'bee/x.png': Input/output error. What is written is kept"):
+        run(root, tmp_path / "s", "pixels", num_workers=num_workers, skip_broken=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that gives an error to everybody who reads it")
+def test_all_processes_end_when_one_cannot_go_on(images, tmp_path):
+    root = with_an_unreadable_image(images, tmp_path / "images")
+    words = command(root, tmp_path / "s", "pixels", devices=2)[3:]
+    assert ranks.run(2, words, tmp_path) == [2, 2]
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("cannot read 'bee/x.png': Input/output error") == 1 and "Traceback" not in log, log
+
+
+def test_a_killed_worker_is_named_with_the_remedy(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("ditlit.data.encoding.preprocess", lambda data, size: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises((InputError, RuntimeError)) as error:  # its signal may come anywhere
+        run(images, tmp_path / "s", "pixels", num_workers=1)
+    text = str(error.value) if isinstance(error.value, InputError) else lost_worker(error.value)
+    assert "was killed, most likely because the memory ran out: lower num_workers" in text
+
+
+def test_a_store_without_broken_images_is_the_same_to_the_byte_every_time(images, tiny, tmp_path):
+    root = tmp_path / "images"
+    shutil.copytree(images, root)
+    (root / "bee" / "3.png").write_bytes(b"this is no image")
+    run(root, tmp_path / "a", tiny, skip_broken=True)
+    ballast = [bytearray(100) for _ in range(1000)]  # other addresses
+    run(root, tmp_path / "b", tiny, skip_broken=True, num_workers=1)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") and len(ballast) == 1000
 
 
 def test_a_shard_of_broken_images_only(images, tiny, tmp_path):

@@ -6,6 +6,7 @@ import stat
 import time
 
 import pytest
+import ranks
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -119,6 +120,25 @@ def test_a_slurm_job_is_requeued(fit, tmp_path, monkeypatch):
     assert (tmp_path / "called").read_text().split("\n") == ["requeue 7", "requeue 8_3", ""]
     scontrol.write_text("#!/bin/sh\necho Access denied >&2; exit 1\n")
     assert requeue() == "SLURM did not requeue job 8_3 (Access denied); submit it again with --ckpt_path last"
+
+
+def fit_with_workers(store, folder, **signal_job):
+    stop = {"class_path": "ranks.SignalJob", "init_args": dict(step=2, **signal_job)}
+    config = ranks.write_config(folder, store, "auto", callbacks=[stop])
+    status = ranks.run(1, ["fit", "--config", str(config), "--data.num_workers", "2"], folder)
+    return status[0], (folder / "log.txt").read_text()
+
+
+def test_a_signal_to_all_processes_of_a_job_leaves_the_workers_to_their_parent(store, tmp_path):
+    status, log = fit_with_workers(store, tmp_path, name="TERM", itself=True)
+    assert status == 128 + signal.SIGTERM and "stopped by SIGTERM after step 2; saved" in log, log
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=False)["global_step"] == 2
+
+
+def test_a_worker_that_is_killed_for_memory_ends_training_with_the_remedy(store, tmp_path):
+    status, log = fit_with_workers(store, tmp_path, name="KILL", itself=False)
+    assert status == 2 and "Traceback" not in log, log
+    assert "error: a process that reads ahead was killed, most likely because the memory ran out: lower" in log
 
 
 def test_a_requeued_job_continues_and_any_other_new_run_is_refused(command, tmp_path, monkeypatch):

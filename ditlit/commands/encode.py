@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
-from ditlit.commands.processes import Progress, gathered, launch, share
+from ditlit.commands.processes import Progress, Together, gathered, launch, share
 from ditlit.data.audit import audit
 from ditlit.data.encoding import ShardEncoder, Written, plan, read_back
 from ditlit.data.folders import Folder, LocalFolder, check_writable, open_folder, remove_leftovers
@@ -143,7 +143,10 @@ def encode(
         fabric.device,
         fabric.autocast,
     )
-    done |= encode_missing(encoder, {k: shards[k] for k in shards if k not in done}, len(source), fabric)
+    missing = {k: shards[k] for k in shards if k not in done}
+    with Together(fabric) as together:
+        written = encode_missing(encoder, missing, len(source), fabric, together)
+    done |= gathered(written, fabric)
     broken = gathered(encoder.broken, fabric)
     if broken and not skip_broken:
         if fabric.global_rank != 0:
@@ -218,21 +221,26 @@ def workers(num_devices: int) -> int:
 
 
 def encode_missing(
-    encoder: ShardEncoder, shards: dict[int, np.ndarray], num_images: int, fabric: Fabric
+    encoder: ShardEncoder, shards: dict[int, np.ndarray], num_images: int, fabric: Fabric, together: Together
 ) -> dict[int, Written]:
-    """Encode this rank's part of the shards; returns those of all ranks."""
+    """Encode this rank's part of the shards, and return it."""
     mine = {k: shards[k] for k in share(list(shards), fabric)}
     todo, my_images = (sum(len(i) for i in s.values()) for s in (shards, mine))
     written = {}
     start = time.perf_counter()
     with Progress("encoding", num_images, num_images - todo, my_images, fabric) as progress:
-        for number, shard in encoder.run(mine, progress.advance):
+
+        def advance(n: int) -> None:
+            progress.advance(n)
+            together.step()
+
+        for number, shard in encoder.run(mine, advance):
             written[number] = shard
     seconds = time.perf_counter() - start
     if mine and fabric.global_rank == 0:
         busy = 1 - encoder.waited / seconds
         print(f"{todo / seconds:,.1f} images/s; the VAE was busy {busy:.0%} of the time")
-    return gathered(written, fabric)
+    return written
 
 
 def finish(

@@ -1,13 +1,18 @@
 """Commands on many devices: one process each, started by Lightning, torchrun or SLURM."""
 
 import os
+import sys
 from collections.abc import Sequence
+from types import TracebackType
 
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from tqdm import tqdm
 
+from ditlit.data.workers import lost_worker
 from ditlit.errors import InputError
+
+FAILED = "ditlit/failed"
 
 
 def launch(accelerator: str, devices: str, num_nodes: int, precision: str = "32-true") -> tuple[Fabric, int]:
@@ -39,6 +44,55 @@ def gathered(part: dict, fabric: Fabric) -> dict:
     parts: list[dict] = [{}] * fabric.world_size
     dist.all_gather_object(parts, part)
     return {key: value for part in parts for key, value in part.items()}
+
+
+class Together:
+    """Work that processes share, with a part for each: where one fails, the others stop at their next step.
+
+    The first process then says why; without this they would wait for the failed one where they next meet.
+
+    Args:
+        fabric: of the processes; all of them make one, and enter and leave it together.
+    """
+
+    def __init__(self, fabric: Fabric):
+        self.fabric = fabric
+        self.store: dist.Store | None = None
+        if fabric.world_size > 1:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, is_master=False)
+            self.store = dist.PrefixStore(fabric.broadcast(os.urandom(8).hex()), store)
+
+    def step(self) -> None:
+        """To be called now and then.
+
+        Raises:
+            FailedElsewhere: where another process cannot go on.
+        """
+        if self.store is not None and self.store.check([FAILED]):
+            raise FailedElsewhere
+
+    def __enter__(self) -> "Together":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self.store is None or (error is not None and not isinstance(error, Exception)):
+            return
+        reasons = {}
+        if error is not None and not isinstance(error, FailedElsewhere):
+            foreseen = lost_worker(error) or (str(error) if isinstance(error, (InputError, OSError)) else None)
+            reasons[self.fabric.global_rank] = foreseen or repr(error)
+            self.store.set(FAILED, "")
+        reasons = gathered(reasons, self.fabric)
+        if not reasons or (self.fabric.global_rank in reasons and (self.fabric.global_rank == 0 or foreseen is None)):
+            return  # with the error of this process
+        if self.fabric.global_rank != 0:
+            sys.exit(2)  # the first process says why
+        raise InputError(reasons[min(reasons)]) from None
+
+
+class FailedElsewhere(Exception):
+    """Another process cannot go on."""
 
 
 class Progress:

@@ -1,5 +1,6 @@
 """The datamodule: latent stores in, batches of raw latents and labels out."""
 
+import math
 import os
 from typing import Any
 
@@ -17,6 +18,7 @@ from ditlit.data.manifest import Manifest
 from ditlit.data.mixture import Mixture, make_mixture
 from ditlit.data.sampler import EvalOrder, ShuffleWindows, TrainOrder
 from ditlit.data.store import LatentStore
+from ditlit.data.workers import Loader
 from ditlit.errors import InputError, check_positive, counted
 
 REMOTE_WINDOW = 8  # shards of a shuffle where a store is remote
@@ -262,11 +264,12 @@ class LatentDataModule(LightningDataModule):
         return EvalOrder(num_samples, self.val_batch_size, self.trainer.world_size, self.trainer.global_rank)
 
     def _loader(self, dataset: Dataset, order: TrainOrder | EvalOrder) -> DataLoader:
-        return DataLoader(
+        numbers = math.prod(self.manifest.shape) * (2 if self.manifest.kind == "moments" else 1)
+        return Loader(
             dataset,
-            sampler=order,
-            batch_size=None,  # the sampler gives whole batches, and the dataset gathers them at once
+            sampler=order,  # it gives whole batches, and the dataset gathers them at once
             num_workers=min(self.num_workers, os.cpu_count() or 1),
+            batch_bytes=order.batch_size * (4 * numbers + 3 * 8),  # at most float32; labels, index, valid
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,14 +13,15 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ditlit.data.folders import Folder
-from ditlit.data.images import BrokenImage, preprocess
+from ditlit.data.images import BrokenImage, preprocess, short_side
 from ditlit.data.manifest import Shard
 from ditlit.data.shards import shard_name, write_shard
 from ditlit.data.sources import ImageSource
 from ditlit.data.vae import Autoencoder
+from ditlit.data.workers import Loader
 from ditlit.errors import InputError
 
 METADATA = "encoding"  # key of our entry in a shard's header
@@ -36,6 +38,7 @@ class Written:
         skipped: names of the broken images that it leaves out, and why.
         sums: (2, C) float64, sums of the raw latents and of their squares over samples, flips and positions; for
             moments the expected ones over the posterior.
+        enlarged: how many of its images were smaller than what is encoded.
     """
 
     shard: Shard
@@ -43,6 +46,7 @@ class Written:
     shape: tuple[int, int, int]
     skipped: dict[str, str]
     sums: np.ndarray
+    enlarged: int = 0
 
 
 def plan(num_images: int, shard_size: int, shuffle: bool) -> list[np.ndarray]:
@@ -55,23 +59,59 @@ def plan(num_images: int, shard_size: int, shuffle: bool) -> list[np.ndarray]:
     return np.split(order, range(shard_size, num_images, shard_size))
 
 
+@dataclass
+class Decoded:
+    """A batch of images.
+
+    Attributes:
+        images: bytes (n, 3, size, size) of the good ones.
+        good: their numbers.
+        broken: why others cannot be decoded, by number.
+        enlarged: how many of the good ones had a shorter side than ``size``.
+    """
+
+    images: Tensor
+    good: list[int]
+    broken: dict[int, str]
+    enlarged: int
+
+
 class Batches(Dataset):
-    """Decodes whole batches: bytes (n, 3, size, size) of the good images, their numbers, and why others are broken."""
+    """Reads and decodes whole batches.
+
+    Attributes:
+        failures: why a worker cannot go on, told at once and not when its batch has its turn.
+    """
 
     def __init__(self, source: ImageSource, image_size: int):
         self.source = source
         self.image_size = image_size
+        self.failures = multiprocessing.SimpleQueue()
 
-    def __getitem__(self, numbers: Sequence[int]) -> tuple[Tensor, list[int], dict[int, str]]:
-        images, good, broken = [], [], {}
+    def __getitem__(self, numbers: Sequence[int]) -> Decoded:
+        """Decode the images with these numbers.
+
+        Raises:
+            InputError: where the machine, and not the content of a file, is the reason that an image cannot be had.
+        """
+        size = self.image_size
+        images, good, broken, enlarged = [], [], {}, 0
         for i in numbers:
             try:
-                images.append(preprocess(self.source.read(i), self.image_size))
+                data = self.source.read(i)
+                images.append(preprocess(data, size))
                 good.append(i)
-            except (BrokenImage, OSError) as error:
+                enlarged += short_side(data) < size
+            except BrokenImage as error:
                 broken[i] = str(error)
-        size = (3, self.image_size, self.image_size)
-        return torch.stack(images) if images else torch.empty(0, *size, dtype=torch.uint8), good, broken
+            except (OSError, MemoryError) as error:
+                why = getattr(error, "strerror", None) or repr(error)
+                reason = f"cannot read {self.source.name(i)!r}: {why}. What is written is kept: run the command again"
+                self.failures.put(reason)
+                raise InputError(reason) from error
+        return Decoded(
+            torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8), good, broken, enlarged
+        )
 
 
 @dataclass
@@ -119,17 +159,18 @@ class ShardEncoder:
             Each shard when it is in the store.
 
         Raises:
-            InputError: where a latent does not fit the stored type.
+            InputError: where a latent does not fit the stored type, or a worker cannot go on or is gone.
         """
         # A batch never reaches over the end of a shard: the same images meet the same kernels however shards are
         # dealt out to processes, and whichever of them were there already.
         parts = {k: np.split(i, range(self.batch_size, len(i), self.batch_size)) for k, i in shards.items()}
-        loader = DataLoader(
-            Batches(self.source, self.image_size),
+        decoder = Batches(self.source, self.image_size)
+        loader = Loader(
+            decoder,
             sampler=[batch.tolist() for k in parts for batch in parts[k]],
-            batch_size=None,
             num_workers=self.num_workers,
-            prefetch_factor=4 if self.num_workers else None,
+            batch_bytes=self.batch_size * 3 * self.image_size**2,
+            prefetch_factor=4,
             pin_memory=self.device.type == "cuda",
         )
         batches = iter(loader)
@@ -138,12 +179,16 @@ class ShardEncoder:
             for number, numbers in parts.items():
                 encoded: list[dict[str, Tensor]] = []
                 skipped: dict[str, str] = {}
+                enlarged = 0
                 for batch in numbers:
                     start = time.perf_counter()
-                    images, good, broken = next(batches)
+                    decoded = next(batches)
                     self.waited += time.perf_counter() - start
-                    skipped |= {self.source.name(i): why for i, why in broken.items()}
-                    encoded.append(self.encode(images, good))
+                    if not decoder.failures.empty():
+                        raise InputError(decoder.failures.get())
+                    skipped |= {self.source.name(i): why for i, why in decoded.broken.items()}
+                    enlarged += decoded.enlarged
+                    encoded.append(self.encode(decoded.images, decoded.good))
                     advance(len(batch))
                 self.broken |= skipped
                 if writing is not None:
@@ -151,7 +196,7 @@ class ShardEncoder:
                     writing = None
                 if not skipped or self.skip_broken:
                     tensors = {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
-                    writing = number, writer.submit(self.write, number, tensors, skipped)
+                    writing = number, writer.submit(self.write, number, tensors, skipped, enlarged)
             if writing is not None:
                 yield writing[0], writing[1].result()
 
@@ -176,11 +221,11 @@ class ShardEncoder:
             tensors[name] = latents
         return tensors | {"labels": torch.from_numpy(self.source.labels[numbers])}
 
-    def write(self, number: int, tensors: dict[str, Tensor], skipped: dict[str, str]) -> Written:
+    def write(self, number: int, tensors: dict[str, Tensor], skipped: dict[str, str], enlarged: int) -> Written:
         sums = channel_sums(tensors, self.vae.kind)
-        about = json.dumps({"skipped": skipped, "sums": sums.tolist()})
+        about = json.dumps({"skipped": skipped, "sums": sums.tolist(), "enlarged": enlarged})
         shard = write_shard(self.folder, number, tensors, {METADATA: about})
-        return Written(shard, tensors["labels"], tuple(tensors[self.vae.kind].shape[1:]), skipped, sums)
+        return Written(shard, tensors["labels"], tuple(tensors[self.vae.kind].shape[1:]), skipped, sums, enlarged)
 
 
 def read_back(folder: Folder, number: int, kind: str) -> Written | None:
@@ -195,7 +240,7 @@ def read_back(folder: Folder, number: int, kind: str) -> Written | None:
     except (safetensors.SafetensorError, ValueError, KeyError):
         return None
     shard = Shard(shard_name(number), len(labels), len(data), hashlib.sha256(data).hexdigest())
-    return Written(shard, labels, shape, about["skipped"], sums)
+    return Written(shard, labels, shape, about["skipped"], sums, about.get("enlarged", 0))
 
 
 def channel_sums(tensors: dict[str, Tensor], kind: str) -> np.ndarray:

@@ -55,6 +55,13 @@ def preprocess(data: bytes, size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, size, size)
 
 
+def short_side(data: bytes) -> int:
+    """Pixels along the shorter side of an image that can be decoded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return min(Image.open(io.BytesIO(data)).size)
+
+
 def decode(data: bytes) -> Image.Image:
     """The image in 8-bit RGB, upright. Transparent parts show white; 16-bit greys keep their upper byte."""
     image = upright(Image.open(io.BytesIO(data)))

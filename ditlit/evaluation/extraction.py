@@ -13,12 +13,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from ditlit.data.workers import Loader
 from ditlit.errors import InputError
 from ditlit.evaluation.extractors import Extractor, Features
 from ditlit.evaluation.images import Images
 from ditlit.precision import float32_products
+
+USUAL_SIDE = 256  # pixels; batches of larger images come more slowly
 
 
 class Batches(Dataset):
@@ -59,12 +62,12 @@ def extract(
     batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
     mine = batches[rank::world]
     loader = iter(
-        DataLoader(
+        Loader(
             Batches(images),
             sampler=[list(batch) for batch in mine],
-            batch_size=None,
             num_workers=min(num_workers, len(mine)),
-            prefetch_factor=4 if num_workers and mine else None,
+            batch_bytes=batch_size * 3 * USUAL_SIDE**2,
+            prefetch_factor=4,
             pin_memory=device.type == "cuda",
         )
     )

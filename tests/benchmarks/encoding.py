@@ -47,10 +47,10 @@ def main() -> None:
         decoding = time.perf_counter() - start
 
         def bare() -> float:
-            encoder.encode(*batches[0][:2])
+            encoder.encode(batches[0].images, batches[0].good)
             start = time.perf_counter()
-            for images, good, _ in batches:
-                encoder.encode(images, good)
+            for batch in batches:
+                encoder.encode(batch.images, batch.good)
             return time.perf_counter() - start
 
         before = bare()
