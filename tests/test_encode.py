@@ -1,5 +1,6 @@
 """Encoding: the same bytes from any number of processes and after any interruption, and the right ones."""
 
+import io
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
+from ditlit.__main__ import main
 from ditlit.commands.encode import encode
 from ditlit.data.audit import audit
 from ditlit.data.images import preprocess
@@ -296,6 +298,34 @@ def test_a_store_without_broken_images_is_the_same_to_the_byte_every_time(images
     ballast = [bytearray(100) for _ in range(1000)]  # other addresses
     run(root, tmp_path / "b", tiny, skip_broken=True, num_workers=1)
     assert contents(tmp_path / "a") == contents(tmp_path / "b") and len(ballast) == 1000
+
+
+def test_names_that_cannot_be_shown_do_not_lose_what_was_done(tmp_path, monkeypatch):
+    folder = os.path.join(os.fsencode(tmp_path), b"images", b"caf\xe9")
+    try:
+        os.makedirs(folder)
+    except OSError:
+        pytest.skip("names are text here")
+    Image.new("RGB", (20, 20)).save(os.fsdecode(os.path.join(folder, b"\xff.png")))
+    with open(os.path.join(folder, b"\xfe.png"), "wb"):
+        pass
+    words = command(tmp_path / "images", tmp_path / "s", "pixels", skip_broken=True, num_workers=0)[2:]
+    monkeypatch.setattr(sys, "argv", words)
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    main()
+    stream.flush()
+    said = stream.buffer.getvalue()
+    assert b"1 class (caf\\xe9)" in said or b"1 class (caf\\udce9)" in said, said
+    assert b"1 image cannot be decoded" in said and LatentStore(tmp_path / "s").manifest.class_names == ["caf\\udce9"]
+
+
+def test_images_that_are_enlarged_are_counted(images, tmp_path, capsys):
+    run(images, tmp_path / "s", "pixels", image_size=24)  # shorter sides: 20, 23, 26, 29, 32, 35, 34, 33, 32
+    assert "6 images enlarged, whose shorter side has less than 24 pixels" in capsys.readouterr().out
+    assert json.loads((tmp_path / "s" / "summary.json").read_text())["enlarged"] == 6
+    run(images, tmp_path / "large", "pixels", image_size=20)
+    assert "images enlarged" not in capsys.readouterr().out
 
 
 def test_a_shard_of_broken_images_only(images, tiny, tmp_path):

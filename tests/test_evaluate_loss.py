@@ -194,7 +194,7 @@ def test_the_digits_recipe_has_a_reference_curve():
 
 
 def test_stores_that_do_not_fit_are_refused(trained, tmp_path):
-    write_store(tmp_path / "a", torch.zeros(4, 4, 8, 8), torch.arange(4), 10)
+    write_store(tmp_path / "a", torch.zeros(4, 4, 8, 8), torch.arange(4), 10, vae={"source": "x"})
     with pytest.raises(InputError, match=r"holds latents of shape \(4, 8, 8\), .* is built for \(1, 8, 8\)"):
         evaluate_loss(str(trained / "x.ckpt"), str(tmp_path / "a"), accelerator="cpu")
     write_store(tmp_path / "b", torch.zeros(4, 1, 8, 8), torch.arange(4), 4)

@@ -30,7 +30,8 @@ HOSTILE = [
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
     latents = torch.randn(N, 2 * SHAPE[0], *SHAPE[1:]).half()
-    about = dict(kind="moments", shift=[0.1, 0.2], scale=[0.3], class_names=["a", "b", "c"], image_size=32)
+    about = dict(kind="moments", shift=[0.1, 0.2], scale=[0.3], class_names=["a", "b", "c"], image_size=32,
+                 vae={"source": "x"})  # fmt: skip
     write_store(folder / "store", latents, torch.arange(N) % K, K, latents.flip(-1), **about, preprocessing="none")
     return folder / "store"
 

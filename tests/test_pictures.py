@@ -94,6 +94,13 @@ def vae(tmp_path):
     return model, str(tmp_path / "vae")
 
 
+def test_latents_that_are_no_pixels_are_not_drawn_as_such(vae):
+    """Of a store that names no VAE, as older ones may."""
+    with pytest.raises(InputError, match="latents of 4 channels are no pixels, and nothing names their VAE: give it"):
+        load_decoder(None, None, torch.device("cpu"), 4)
+    assert load_decoder(None, vae[1], torch.device("cpu"), 4)(torch.zeros(1, 3, 8, 8)).shape[1] == 3
+
+
 def test_latents_are_decoded_by_the_vae_of_the_store(make_module, make_trainer, vae, tmp_path):
     model, folder = vae
     about = {"class": "AutoencoderTiny", "source": folder, "hash": weights_hash(model)}

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from ditlit.data.store import LatentStore, finish_store, write_store
 from ditlit.errors import InputError
 
 N, C, H, W, K = 23, 2, 4, 6, 5
+VAE = {"source": "x"}
 
 
 def arrays(dtype=torch.float16, kind="latents", seed=0):
@@ -26,7 +28,7 @@ def arrays(dtype=torch.float16, kind="latents", seed=0):
 @pytest.fixture
 def folder(tmp_path):
     latents, labels = arrays()
-    write_store(tmp_path / "store", latents, labels, K, shard_size=8)
+    write_store(tmp_path / "store", latents, labels, K, shard_size=8, vae=VAE)
     return tmp_path / "store"
 
 
@@ -63,7 +65,7 @@ def test_gathered_batches_can_be_changed_without_touching_the_store(folder):
 
 def test_writing_is_deterministic_and_leaves_no_temporary_files(folder, tmp_path):
     latents, labels = arrays()
-    write_store(tmp_path / "again", latents, labels, K, shard_size=8)
+    write_store(tmp_path / "again", latents, labels, K, shard_size=8, vae=VAE)
     for file in sorted(os.listdir(folder)):
         assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
     files = ["labels.safetensors", "manifest.json", *(f"shard-{i:05d}.safetensors" for i in range(3))]
@@ -147,14 +149,72 @@ def test_damage_is_found_on_opening(folder, damage):
         (dict(latents=torch.full((N, C, H, W), torch.nan)), "latents hold NaN or Inf"),
         (dict(latents=torch.zeros(N, 3, H, W), kind="moments"), "even number of channels"),
         (dict(flipped=torch.zeros(N, C, H, 1)), "must have the shape"),
+        (dict(flipped=torch.full((N, C, H, W), torch.inf)), "flipped latents hold NaN or Inf"),
+        (dict(latents=np.full((N, C, H, W), 1e300)), "latents hold NaN or Inf"),
+        (dict(latents=np.zeros((N, 3, H, W), np.uint8)), r"latents are uint8, .* as x / 127.5 - 1"),
+        (dict(latents=np.zeros((N, C, H, W), complex)), "latents are complex128"),
+        (dict(latents=[[1.0], [1.0, 2.0]]), "latents are no array of numbers"),
+        (dict(labels=["ant"] * N), "labels are no array of numbers"),
+        (dict(labels=torch.full((N,), 0.5)), "labels are no whole numbers"),
+        (dict(labels=torch.eye(N).long()), r"need latents \(n, C, H, W\) and labels \(n,\)"),
+        (dict(num_classes="5"), "cannot have num_classes '5'"),
+        (dict(shard_size=0), "shard_size must be positive"),
+        (dict(kind="moment"), "cannot have kind 'moment'"),
+        (dict(scale=[1.0, 2.0, 3.0]), r"cannot have scale \[1.0, 2.0, 3.0\]"),
+        (dict(shift=np.nan), r"cannot have shift \[nan\]"),
+        (dict(scale="big"), "the scale are no array of numbers"),
+        (dict(clas_names=list("abcde")), "no field 'clas_names'; did you mean class_names"),
+        (dict(class_names=list("abcd")), "class_names other than a name for each of 5 classes"),
+        (dict(class_names=range(5)), "class_names"),
+        (dict(image_size=(48, 48)), r"cannot have image_size \(48, 48\)"),
+        (dict(vae=None), "latents of 2 channels are no pixels: name the VAE"),
+        (dict(vae="stabilityai/sd-vae-ft-ema"), "cannot have vae 'stabilityai/sd-vae-ft-ema'"),
+        (dict(vae={"class": "AutoencoderKL"}), "vae names no source"),
+        (dict(vae={"source": "x", "hash": b"x"}), "cannot have these fields"),
     ],
 )
 def test_bad_arrays_are_refused_and_nothing_is_written(tmp_path, changes, message):
     latents, labels = arrays()
-    given = dict(latents=latents, labels=labels, num_classes=K) | changes
+    given = dict(latents=latents, labels=labels, num_classes=K, vae=VAE) | changes
     with pytest.raises(InputError, match=message):
         write_store(tmp_path / "store", **given)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda latents, labels: (latents.numpy(), labels.numpy().astype(np.uint8), np.int64(K)),
+        lambda latents, labels: (latents.numpy().astype(">f4"), labels.numpy().astype(">i2"), K),
+        lambda latents, labels: (latents.numpy().copy()[:, :, ::-1][:, :, ::-1], labels.double(), K),
+        lambda latents, labels: (latents.double().tolist(), labels.tolist(), K),
+        lambda latents, labels: (list(latents), list(labels), torch.tensor(K)),
+        lambda latents, labels: (latents.double().requires_grad_(), labels.to(torch.uint16), K),
+        lambda latents, labels: (np.broadcast_to(latents.numpy(), latents.shape), tuple(labels.int().numpy()), K),
+    ],
+)
+def test_any_array_of_numbers_will_do(tmp_path, given, recwarn):
+    latents, labels = arrays(torch.float32)
+    about = dict(scale=0.18215, shift=np.float32([0.5, 0.25]), class_names=tuple("abcde"), image_size=np.int32(48))
+    store = write_store(tmp_path, *given(latents, labels), vae=VAE, **about)
+    batch = store.gather(torch.arange(N))
+    assert batch["latents"].dtype == torch.float32 and torch.equal(batch["latents"], latents)
+    assert torch.equal(batch["labels"], labels) and not recwarn.list
+    about = store.manifest
+    assert (about.scale, about.shift, about.class_names) == ([0.18215], [0.5, 0.25], list("abcde"))
+    assert about.num_classes == K and about.image_size == 48
+
+
+def test_images_are_not_taken_for_a_store(tmp_path):
+    (tmp_path / "images" / "ant").mkdir(parents=True)
+    for path in (tmp_path / "images" / "ant" / "1.JPEG", tmp_path / "images.tar"):
+        path.touch()
+    for place in ("images", "images/ant", "images.tar"):
+        with pytest.raises(InputError, match=f"{place} holds images and is no latent store; encode them first, with"):
+            LatentStore(tmp_path / place)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty is not a latent store: it has no manifest.json"):
+        LatentStore(tmp_path / "empty")
 
 
 def test_a_store_is_not_written_over(folder):
@@ -209,7 +269,7 @@ def test_another_process_opens_the_store_instead_of_copying_it(folder):
 def test_an_audit_collects_everything_that_is_wrong(tmp_path):
     latents, labels = arrays()
     flipped, _ = arrays(seed=1)
-    write_store(tmp_path, latents, labels, K, flipped, shard_size=5)
+    write_store(tmp_path, latents, labels, K, flipped, shard_size=5, vae=VAE)
     assert audit(tmp_path) == []
     shards = [tmp_path / f"shard-{i:05d}.safetensors" for i in range(5)]
     last = C * H * W * 2  # bytes of a sample

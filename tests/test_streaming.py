@@ -119,7 +119,9 @@ def read(data, batches):
 def test_a_store_written_to_s3_reads_back_bit_for_bit(s3, tmp_path, kind):
     generator = torch.Generator().manual_seed(0)
     latents, flipped = (torch.randn(23, 2, 4, 6, generator=generator).half() for _ in range(2))
-    write_store(f"s3://bucket/{kind}", latents, torch.arange(23) % 5, 5, flipped, kind, shard_size=8)
+    write_store(
+        f"s3://bucket/{kind}", latents, torch.arange(23) % 5, 5, flipped, kind, shard_size=8, vae={"source": "x"}
+    )
     store = LatentStore(f"s3://bucket/{kind}", ShardCache(tmp_path))
     index, flip = torch.randperm(23, generator=generator), torch.arange(23) % 2 == 0
     batch = store.gather(index, flip)

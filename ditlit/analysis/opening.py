@@ -118,7 +118,7 @@ def open_checkpoint(
     for model in (loaded, raw):
         if model is not None:
             model.denoiser.to(device).requires_grad_(False)
-    autoencoder = load_autoencoder(loaded.latents.get("vae", manifest.vae), vae).to(device)
+    autoencoder = load_autoencoder(loaded.latents.get("vae", manifest.vae), vae, manifest.shape[0]).to(device)
     return Opened(loaded, raw, opened, autoencoder, device)
 
 

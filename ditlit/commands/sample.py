@@ -128,7 +128,7 @@ def sample(
         rows = min(DEFAULT_CLASSES, num_classes)
         chosen = [i * num_classes // rows for i in range(rows)]
     y = plan_labels(chosen, num_samples, per_class, labels, seed)
-    autoencoder = load_autoencoder(loaded.latents.get("vae"), vae)
+    autoencoder = load_autoencoder(loaded.latents.get("vae"), vae, loaded.denoiser.in_channels)
     if vae_tiling:
         autoencoder.tile()
     job = {

@@ -1,16 +1,20 @@
 """The manifest of a latent store: what the latents are, and which files hold them."""
 
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import PurePosixPath
+from itertools import islice
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from ditlit.data.folders import Folder, LocalFolder
-from ditlit.errors import InputError
+from ditlit.data.images import SUFFIXES
+from ditlit.errors import InputError, counted
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PIXEL_CHANNELS = (1, 3)  # of latents that are pictures themselves, grey or RGB
 
 # Far beyond any store there is, and small enough to calculate with.
 MAX_SIDE = 2**16  # channels, height, width
@@ -83,6 +87,11 @@ def read_manifest(folder: Folder) -> Manifest:
     """
     where = folder.location(MANIFEST)
     if isinstance(folder, LocalFolder):
+        if not (folder.path / MANIFEST).is_file() and holds_images(folder.path):
+            raise InputError(
+                f"{folder.path} holds images and is no latent store; encode them first, with ditlit encode --images "
+                f"{folder.path} --out STORE --vae VAE, and give that store"
+            )
         if not folder.path.is_dir():
             raise InputError(f"there is no latent store at {folder.path}: the folder does not exist")
         if not (folder.path / MANIFEST).is_file():
@@ -116,6 +125,12 @@ def read_manifest(folder: Folder) -> Manifest:
     return manifest
 
 
+def holds_images(path: Path) -> bool:
+    """Whether a path is, or the first files below it are, images or archives."""
+    files = (name for _, _, names in os.walk(path) for name in names)
+    return any(name.lower().endswith((*SUFFIXES, ".tar")) for name in [path.name, *islice(files, 100)])
+
+
 def wrong_field(manifest: Manifest) -> str | None:
     """The first field that cannot be meant, if any: nothing is allocated or opened on the word of such a manifest."""
     shape, shards, labels = manifest.shape, manifest.shards, manifest.labels
@@ -140,10 +155,10 @@ def wrong_field(manifest: Manifest) -> str | None:
             return f"{name} {values!r}"
     names = manifest.class_names
     if names is not None and not (isinstance(names, list) and len(names) == manifest.num_classes):
-        return "class_names"
+        return f"class_names other than a name for each of {counted(manifest.num_classes, 'class')}"
     texts = [*(names or []), *([] if manifest.preprocessing is None else [manifest.preprocessing])]
     if not all(isinstance(text, str) for text in texts):
-        return "class_names or preprocessing"
+        return "class_names or preprocessing that are no text"
     if manifest.image_size is not None and not is_count(manifest.image_size, 1, MAX_BYTES):
         return f"image_size {manifest.image_size!r}"
     return None if manifest.vae is None or isinstance(manifest.vae, dict) else f"vae {manifest.vae!r}"

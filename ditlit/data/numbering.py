@@ -60,7 +60,8 @@ def number_classes(labels: Sequence[int | str], where: str) -> Numbering:
             )
         names = sorted(found)
         number = {name: i for i, name in enumerate(names)}
-        return Numbering([number[label] for label in labels], len(names), names)
+        text = [name.encode(errors="backslashreplace").decode() for name in names]  # folders may be named by any bytes
+        return Numbering([number[label] for label in labels], len(names), text)
     low, high = min(found), max(found)
     if low < 0:
         raise InputError(f"{where}: classes are numbered from 0, got {low}")

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from ditlit.data.arrays import Array, labels_of, latents_of, manifest_of
 from ditlit.data.cache import ShardCache, default_cache
 from ditlit.data.folders import Folder, LocalFolder, open_folder, write_atomically
 from ditlit.data.manifest import MANIFEST, Manifest, read_manifest, write_manifest
@@ -36,7 +37,7 @@ from ditlit.data.shards import (
     write_shard,
     write_tensors,
 )
-from ditlit.errors import InputError
+from ditlit.errors import InputError, check_positive
 
 LABELS = "labels.safetensors"
 VERIFIED = ".verified.json"
@@ -81,15 +82,17 @@ def read_labels(folder: Folder, manifest: Manifest) -> Tensor:
 
 def write_store(
     folder: str | Path,
-    latents: Tensor,
-    labels: Tensor,
+    latents: Array,
+    labels: Array,
     num_classes: int,
-    flipped: Tensor | None = None,
+    flipped: Array | None = None,
     kind: Literal["moments", "latents"] = "latents",
     shard_size: int = 4096,
     **about: Any,
 ) -> "LatentStore":
     """Write arrays as a store and open it.
+
+    Arrays are tensors, numpy arrays or lists. Everything is checked before the first file is written.
 
     Args:
         folder: path or URL, created if absent; must not hold a store yet.
@@ -98,37 +101,39 @@ def write_store(
         flipped: the same as ``latents`` for the mirrored images.
         kind: what ``latents`` holds.
         shard_size: samples per file.
-        about: more fields of :class:`Manifest`: shift, scale, class_names, image_size, preprocessing, vae.
+        about: more fields of :class:`Manifest`: shift, scale, class_names, image_size, preprocessing, vae. Latents
+            without ``vae`` are pixels, of one or three channels.
 
     Raises:
-        InputError: for arrays that do not fit together, labels out of range, NaN or Inf, or a folder in use.
+        InputError: for arrays that do not fit together, labels out of range, NaN or Inf, fields that a store cannot
+            have, or a folder in use.
     """
     target = open_folder(folder)
     if MANIFEST in target.names():
         raise InputError(f"{folder} already holds a latent store; delete it or choose another folder")
-    labels = labels.long()
-    if latents.ndim != 4 or len(latents) != len(labels) or len(labels) == 0:
+    check_positive(shard_size=shard_size)
+    latents, labels = latents_of(latents, "latents"), labels_of(labels)
+    if latents.ndim != 4 or labels.shape != latents.shape[:1] or len(labels) == 0:
         raise InputError(
             f"need latents (n, C, H, W) and labels (n,), got {tuple(latents.shape)} and {tuple(labels.shape)}"
         )
-    if flipped is not None and (flipped.shape != latents.shape or flipped.dtype != latents.dtype):
-        raise InputError("flipped latents must have the shape and type of the latents")
-    if kind == "moments" and latents.shape[1] % 2:
-        raise InputError(f"moments need an even number of channels (mean and std), got {latents.shape[1]}")
-    check_labels(labels, num_classes, str(folder))
-    for name, array in (("latents", latents), ("flipped latents", flipped)):
-        if array is not None and not torch.isfinite(array).all():
-            raise InputError(f"the {name} hold NaN or Inf; encode them in a wider type")
-    shards = []
+    if flipped is not None:
+        flipped = latents_of(flipped, "flipped latents")
+        if flipped.shape != latents.shape or flipped.dtype != latents.dtype:
+            raise InputError("flipped latents must have the shape and type of the latents")
+    channels, h, w = latents.shape[1:]
+    if kind == "moments" and channels % 2:
+        raise InputError(f"moments need an even number of channels (mean and std), got {channels}")
+    shape = (channels // 2 if kind == "moments" else channels, h, w)
+    manifest = manifest_of(kind, shape, num_classes, len(labels), flipped=flipped is not None, **about)
+    check_labels(labels, manifest.num_classes, str(folder))
     for number, start in enumerate(range(0, len(labels), shard_size)):
         part = slice(start, start + shard_size)
         tensors = {kind: latents[part], "labels": labels[part]}
         if flipped is not None:
             tensors[f"flipped_{kind}"] = flipped[part]
-        shards.append(write_shard(target, number, tensors))
-    channels, h, w = latents.shape[1:]
-    shape = (channels // 2 if kind == "moments" else channels, h, w)
-    finish_store(target, Manifest(kind, shape, num_classes, shards, flipped=flipped is not None, **about), labels)
+        manifest.shards.append(write_shard(target, number, tensors))
+    finish_store(target, manifest, labels)
     return LatentStore(folder)
 
 

@@ -51,12 +51,14 @@ def summarize(
     std = np.sqrt(square - mean**2)
     scaled_mean, scaled_std = (mean - manifest.shift) * manifest.scale, std * manifest.scale
     num_bytes = sum(shard.num_bytes for shard in manifest.shards)
+    enlarged = sum(shard.enlarged for shard in written)
     originals, decoded = round_trips(folder, written, source, shards, vae, manifest.image_size, device)
     psnr = [peak_signal_to_noise(a, b) for a, b in zip(originals, decoded, strict=True)]
     save_contact_sheet(folder, originals, decoded)
     about = {
         "samples": manifest.num_samples,
         "bytes": num_bytes,
+        "enlarged": enlarged,
         "samples_per_class": dict(zip(names, counts, strict=True)),
         "latent_mean": mean.tolist(),
         "latent_std": std.tolist(),
@@ -71,6 +73,8 @@ def summarize(
         sizes = f"{counts[few]:,} ({names[few]}) to {sizes} ({names[many]})"
     flips = " with their mirror images" if manifest.flipped else ""
     c, h, w = manifest.shape
+    if enlarged:
+        print(f"{counted(enlarged, 'image')} enlarged, whose shorter side has less than {manifest.image_size} pixels")
     print(
         f"{counted(manifest.num_samples, 'image')}{flips} as {manifest.kind} of {c}x{h}x{w}, {num_bytes / 1e9:.3f} GB "
         f"in {counted(len(manifest.shards), 'shard')}\n"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditlit.data.manifest import PIXEL_CHANNELS
 from ditlit.errors import InputError
 from ditlit.precision import convolutions_as_products
 
@@ -148,16 +149,23 @@ class Autoencoder:
             return self.model.decode(latents.float()).sample.float().clamp(-1, 1)
 
 
-def load_autoencoder(vae: dict[str, Any] | None, source: str | None = None) -> Autoencoder:
+def load_autoencoder(vae: dict[str, Any] | None, source: str | None = None, channels: int = 3) -> Autoencoder:
     """The VAE that a store's manifest or a checkpoint names; None there means that latents are pixels.
 
     Args:
         vae: the entry there: source and hash.
         source: where to load it from instead, for example a local copy.
+        channels: of the latents. Only one or three are pixels; of others an old store may name no VAE.
 
     Raises:
         InputError: where it cannot be loaded, or its weights are not those that encoded the latents.
     """
+    if vae is None and channels not in PIXEL_CHANNELS:
+        if source in (None, PIXELS):
+            raise InputError(
+                f"latents of {channels} channels are no pixels, and nothing names their VAE: give it as vae"
+            )
+        vae = {"source": source}
     if vae is None and source not in (None, PIXELS):
         raise InputError(f"the latents of this store are pixels; remove the setting vae: {source!r}")
     loaded = Autoencoder(PIXELS if vae is None else source or vae["source"])
@@ -170,6 +178,6 @@ def load_autoencoder(vae: dict[str, Any] | None, source: str | None = None) -> A
     return loaded
 
 
-def load_decoder(vae: dict[str, Any] | None, source: str | None, device: torch.device) -> Decoder:
+def load_decoder(vae: dict[str, Any] | None, source: str | None, device: torch.device, channels: int = 3) -> Decoder:
     """The decoder of that VAE, on a device; arguments and errors as for :func:`load_autoencoder`."""
-    return load_autoencoder(vae, source).to(device).decode
+    return load_autoencoder(vae, source, channels).to(device).decode

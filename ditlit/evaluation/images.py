@@ -157,7 +157,7 @@ class StoreImages:
         self.location = location
         self.store = LatentStore(location)
         manifest = self.store.manifest
-        autoencoder = load_autoencoder(manifest.vae, vae).to(torch.device(device))
+        autoencoder = load_autoencoder(manifest.vae, vae, manifest.shape[0]).to(torch.device(device))
         self.decode: Callable[[Tensor], Tensor] = autoencoder.decode
         self.about = {
             "kind": "store",

@@ -109,7 +109,8 @@ class SampleMetrics(Callback):
         if not trainer.fast_dev_run and not is_remote(trainer.default_root_dir):
             check_writable(self._reports, "--trainer.default_root_dir")
         device = trainer.strategy.root_device
-        self._autoencoder = load_autoencoder(trainer.datamodule.manifest.vae, self.vae).to(device)
+        manifest = trainer.datamodule.manifest
+        self._autoencoder = load_autoencoder(manifest.vae, self.vae, manifest.shape[0]).to(device)
         self._network = load_extractor(self.extractor, self.inception_weights).to(device)
         self._chosen = chosen_metrics(self.metrics, self._network)
         self._real = open_source(self.reference, self._network, self.reference_size, device=device)

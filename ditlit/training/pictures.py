@@ -63,7 +63,8 @@ class SampleGrid(Callback):
             self._rows = parse_classes(self.classes, num_classes, names)
         if stage in ("fit", "validate", "predict") and self._decode is None:
             # Loaded now, so that a VAE that cannot be had stops the run before it starts.
-            self._decode = load_decoder(trainer.datamodule.manifest.vae, self.vae, trainer.strategy.root_device)
+            manifest = trainer.datamodule.manifest
+            self._decode = load_decoder(manifest.vae, self.vae, trainer.strategy.root_device, manifest.shape[0])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
