@@ -49,6 +49,7 @@ class Loader(DataLoader):
         pin_memory: copy batches to memory from which a GPU reads at once.
         prefetch_factor: batches that each worker reads ahead.
         persistent_workers: keep the workers between two loops over the batches.
+        shuffle, batch_sampler: Lightning gives them, as nothing, where it makes a loader anew for predictions.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class Loader(DataLoader):
         pin_memory: bool = False,
         prefetch_factor: int = 2,
         persistent_workers: bool = False,
+        shuffle: bool = False,
+        batch_sampler: None = None,
     ):
         self.batch_bytes = batch_bytes
         self.pin = pin_memory
