@@ -180,7 +180,7 @@ def test_attention_is_softmax_attention():
     [
         (dict(variant="DiT-M/2"), "unknown DiT variant 'DiT-M/2'"),
         (dict(input_size=9), "9x9 cannot be cut into patches of 2"),
-        (dict(num_heads=3), "hidden_size 32 is not divisible by num_heads 3"),
+        (dict(num_heads=3), "hidden_size 32 is not divisible by num_heads 3, but by 2 and 4"),
         (dict(hidden_size=34), "divisible by 4"),
     ],
 )

@@ -1,5 +1,6 @@
 """The Diffusion Transformer of Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748)."""
 
+from bisect import bisect
 from typing import Literal
 
 import torch
@@ -158,7 +159,10 @@ def check_sizes(input_size: tuple[int, int], width: int, num_heads: int, patch_s
     if any(size < 1 or size % patch_size for size in input_size):
         raise InputError(f"latents of {input_size[0]}x{input_size[1]} cannot be cut into patches of {patch_size}")
     if width % num_heads:
-        raise InputError(f"hidden_size {width} is not divisible by num_heads {num_heads}")
+        divisors = [n for n in range(1, width + 1) if width % n == 0]
+        at = bisect(divisors, num_heads)
+        near = " and ".join(map(str, divisors[at - 1 : at + 1]))
+        raise InputError(f"hidden_size {width} is not divisible by num_heads {num_heads}, but by {near}")
     if width % 4:
         raise InputError(f"hidden_size {width} must be divisible by 4 for the 2-D position table")
 
