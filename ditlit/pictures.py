@@ -10,6 +10,8 @@ from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
 from torchvision.utils import make_grid
 
+from ditlit.errors import InputError
+
 PADDING = 2
 HEADER = 16  # pixels above a sheet for the names of its columns
 
@@ -17,6 +19,16 @@ HEADER = 16  # pixels above a sheet for the names of its columns
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] as bytes, rounded: truncating would darken every picture by half a grey level."""
     return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
+
+
+def check_decoded(images: Tensor, indices: Sequence[int]) -> None:
+    """Raise InputError for decoded images (N, C, H, W) that are not finite, which names the first by its number."""
+    bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise InputError(
+            f"image {int(indices[bad[0]])} is not finite once it is decoded, one of {len(bad)} such among "
+            f"{len(images)}, though its latents are: the VAE overflows on them; lower the guidance scale"
+        )
 
 
 def enlarged(images: Tensor, min_side: int) -> Tensor:

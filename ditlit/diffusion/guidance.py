@@ -1,5 +1,7 @@
 """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) as a wrapper that is itself a denoiser."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,8 @@ class Guided:
         channels: int | None = None,
         interval: tuple[int, int] | None = None,
     ):
+        if not math.isfinite(scale):
+            raise InputError(f"guidance_scale must be a finite number, got {scale}")
         if channels is not None and channels < 1:
             raise InputError(f"guidance needs at least one channel to guide, got {channels}")
         if interval is not None and interval[0] > interval[1]:

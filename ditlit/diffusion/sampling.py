@@ -134,6 +134,18 @@ def mix(*numbers: int) -> int:
     return state >> 1
 
 
+def interval_of(value: str | Sequence[int] | None) -> tuple[int, int] | None:
+    """Two timesteps, as a command line or a YAML file may write them: ``100,900``, ``[100, 900]``."""
+    if value is None:
+        return None
+    words = value.strip(" []()").split(",") if isinstance(value, str) else value
+    try:
+        low, high = (int(word) for word in words)
+    except (TypeError, ValueError):
+        raise InputError(f"guidance_interval takes two timesteps, LOWEST,HIGHEST, got {value!r}") from None
+    return low, high
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How samples are drawn.
@@ -145,7 +157,10 @@ class Sampling:
         eta: noise of DDIM's steps, from 0 (deterministic) to 1.
         guidance_scale: strength of classifier-free guidance; 1 is none.
         guidance_channels: guide only the first so many channels; all by default.
-        guidance_interval: guide only at timesteps between these two, both included.
+        guidance_interval: guide only at timesteps between these two, both included: ``(100, 900)`` or ``"100,900"``.
+
+    Raises:
+        InputError: for settings that are not finite numbers or contradict each other.
     """
 
     sampler: Literal["ddpm", "ddim", "dpm++", "unipc", "deis"] = "ddim"
@@ -154,20 +169,24 @@ class Sampling:
     eta: float = 0.0
     guidance_scale: float = 4.0
     guidance_channels: int | None = None
-    guidance_interval: tuple[int, int] | None = None
+    guidance_interval: tuple[int, int] | str | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "guidance_interval", interval_of(self.guidance_interval))
         if self.sampler == "ddpm" and self.eta:
             raise InputError("eta belongs to the ddim sampler; ddpm takes its noise from the variance")
         if self.sampler not in ("ddpm", "ddim") and (self.eta or self.spacing != "even"):
             raise InputError(f"{self.sampler} is deterministic and evenly spaced: leave eta and spacing alone")
         if not 0 <= self.eta <= 1:
             raise InputError(f"eta lies between 0 and 1, got {self.eta}")
+        self.guided(None, null_label=0)  # checks the settings of guidance
+
+    def guided(self, model: Denoiser | None, null_label: int) -> Guided:
+        return Guided(model, self.guidance_scale, null_label, self.guidance_channels, self.guidance_interval)
 
     def check(self, process: Process, channels: int) -> None:
         """Raise InputError for settings that do not fit a process or latents of so many channels."""
         process.timesteps(self.num_steps, self.spacing)
-        Guided(lambda *_: None, self.guidance_scale, 0, self.guidance_channels, self.guidance_interval)
         if self.guidance_channels is not None and self.guidance_channels > channels:
             raise InputError(f"cannot guide {self.guidance_channels} channels of latents that have {channels}")
 
@@ -191,7 +210,7 @@ class Sampling:
         generators = sample_generators(seed, indices)
         start = normal(shape, generators).to(y.device)
         noise = start if noise is None else noise
-        guided = Guided(model, self.guidance_scale, null_label, self.guidance_channels, self.guidance_interval)
+        guided = self.guided(model, null_label)
         timesteps = process.timesteps(self.num_steps, self.spacing)
         if self.sampler == "ddpm":
             return ddpm(process, guided, noise, y, timesteps, generators, callback)
@@ -200,3 +219,51 @@ class Sampling:
         from ditlit.diffusion.schedulers import scheduled  # builds on this file
 
         return scheduled(self.sampler, process, guided, noise, y, self.num_steps, callback)
+
+    def check_finite(
+        self,
+        x0: Tensor,
+        process: Process,
+        model: Denoiser,
+        shape: tuple[int, int, int],
+        y: Tensor,
+        null_label: int,
+        indices: Sequence[int],
+        seed: int = 0,
+        noise: Tensor | None = None,
+    ) -> None:
+        """Raise InputError where not all of ``x0`` (N, C, H, W), drawn with these arguments, is finite.
+
+        It names the first such sample and, by drawing again, the step of which it came. So drawing itself pays nothing.
+        """
+        bad = ~finite(x0)
+        if not bad.any():
+            return
+        row = int(bad.nonzero()[0])
+        steps: list[tuple[int, int]] = []
+
+        def look(step: int, t: int, x: Tensor, _: Tensor) -> None:
+            if not finite(x)[row]:
+                steps.append((step, t))
+
+        self(process, model, shape, y, null_label, indices, seed, look, noise)
+        since = f" from step {steps[0][0] + 1} of {self.num_steps} (timestep {steps[0][1]}) on" if steps else ""
+        raise InputError(
+            f"image {indices[row]} (class {int(y[row])}) is not finite{since}, one of {int(bad.sum())} such among "
+            f"{len(x0)} drawn together; {cause(model)}"
+        )
+
+
+def finite(x: Tensor) -> Tensor:
+    """Which samples of x (N, ...) hold finite numbers only: (N,)."""
+    return x.isfinite().flatten(1).all(1)
+
+
+def cause(model: Denoiser) -> str:
+    """Why samples are not finite, and the remedy, in words."""
+    for name, weight in model.named_parameters() if isinstance(model, torch.nn.Module) else ():
+        if not weight.isfinite().all():
+            return f"the denoiser's weights {name!r} are not finite: take an earlier checkpoint"
+    return (
+        "its weights are finite, so numbers overflow on the way: lower the guidance scale, or draw in bf16 or float32"
+    )

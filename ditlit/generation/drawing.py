@@ -14,7 +14,8 @@ from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.diffusion.sampling import StepCallback
 from ditlit.errors import InputError
 from ditlit.generation.onednn import fuse
-from ditlit.pictures import to_uint8
+from ditlit.models import DiT
+from ditlit.pictures import check_decoded, to_uint8
 from ditlit.precision import float32_products
 
 Precision = Literal["32", "tf32", "bf16", "fp16"]
@@ -44,8 +45,8 @@ class Drawer:
     """Draws images on one device.
 
     Args:
-        denoiser: with its weights. It is moved to the device, its timestep embedding replaced by a table, and its
-            layers by faster ones on a CPU.
+        denoiser: with its weights. It is moved to the device. A DiT is taken to the precision, its timestep embedding
+            replaced by a table, and its layers by faster ones on a CPU; another denoiser runs under autocast.
         process: its diffusion process.
         latents: ``shift`` and ``scale`` of the latents, as in a checkpoint.
         sampling: how samples are drawn.
@@ -56,6 +57,9 @@ class Drawer:
         decode: from raw latents to images in [-1, 1]; None to draw latents only.
         decode_batch_size: images decoded at once.
         compile: compile the denoiser.
+
+    Raises:
+        InputError: for fp16 on a CPU.
     """
 
     denoiser: nn.Module
@@ -72,11 +76,17 @@ class Drawer:
 
     def __post_init__(self):
         self.shape = (self.denoiser.in_channels, *self.denoiser.input_size)
-        self.denoiser.to(self.device, WEIGHTS[self.precision])
-        self.denoiser.time_embed = TimeTable(self.denoiser.time_embed, self.process.num_timesteps, self.device)
+        check_precision(self.precision, self.device)
+        dtype = WEIGHTS[self.precision]
+        known = isinstance(self.denoiser, DiT)
+        self.autocast = None if known or dtype == torch.float32 else dtype
+        self.denoiser.to(self.device, torch.float32 if self.autocast else dtype)
+        if known:
+            table = TimeTable(self.denoiser.time_embed, self.process.num_timesteps, self.device)
+            self.denoiser.time_embed = table
         if self.compile:
             self.denoiser.compile()
-        elif self.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        elif self.device.type == "cpu":
             fuse(self.denoiser)
         channels = self.shape[0]
         self.shift = per_channel(self.latents["shift"], channels).to(self.device)
@@ -93,32 +103,46 @@ class Drawer:
         """Raw latents (N, C, H, W) of the samples with these numbers and labels y (N,).
 
         Raises:
-            InputError: where the device's memory does not suffice.
+            InputError: where the device's memory does not suffice, or a sample is not finite.
         """
-        with matmul_precision(self.precision), enough_memory("--batch_size", len(y)), torch.inference_mode():
-            x0 = (sampling or self.sampling)(
-                self.process,
-                self.denoiser,
-                self.shape,
-                y.to(self.device),
-                self.denoiser.num_classes,
-                indices,
-                self.seed,
-                callback,
-                noise,
-            )
+        sampling = sampling or self.sampling
+        y = y.to(self.device)
+        drawn_from = (self.process, self.denoiser, self.shape, y, self.denoiser.num_classes, indices, self.seed)
+        autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+        with (
+            matmul_precision(self.precision), enough_memory("--batch_size", len(y)), torch.inference_mode(), autocast
+        ):  # fmt: skip
+            x0 = sampling(*drawn_from, callback=callback, noise=noise)
+            sampling.check_finite(x0, *drawn_from, noise=noise)
             return self.raw(x0)
 
     def raw(self, x0: Tensor) -> Tensor:
         """Latents as the VAE knows them, from what the denoiser knows."""
         return x0.float() / self.scale + self.shift
 
-    def images(self, latents: Tensor) -> Tensor:
-        """Raw latents (N, C, H, W) to bytes (N, 3 or 1, H', W') on the CPU, decoded in slices."""
+    def images(self, latents: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """Raw latents (N, C, H, W) to bytes (N, 3 or 1, H', W') on the CPU, decoded in slices.
+
+        Raises:
+            InputError: where the device's memory does not suffice, or a picture is not finite: it is named by its
+                number in ``indices``.
+        """
         size = self.decode_batch_size
+        indices = range(len(latents)) if indices is None else indices
+        images = []
         enough = enough_memory("--decode_batch_size, or set --vae_tiling true", min(size, len(latents)))
         with matmul_precision(self.precision), enough:
-            return torch.cat([to_uint8(self.decode(part)).cpu() for part in latents.split(size)])
+            for start in range(0, len(latents), size):
+                decoded = self.decode(latents[start : start + size])
+                check_decoded(decoded, indices[start : start + size])
+                images.append(to_uint8(decoded).cpu())
+        return torch.cat(images)
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Raise InputError for a precision that a device does not compute in."""
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError("precision fp16 is for GPUs: CPUs have no fast products for it; use bf16 or 32 here")
 
 
 @contextmanager

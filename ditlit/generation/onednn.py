@@ -41,8 +41,17 @@ class FusedMLP(nn.Module):
         return self.fc_out(self.fc_in(x))
 
 
+def supported(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products in this precision for this CPU: bfloat16 needs AVX-512 or the like."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def fuse(denoiser: nn.Module) -> None:
-    """Replace the layers of a DiT's blocks, in place; for inference only."""
+    """Replace the layers of a DiT's blocks, in place, where oneDNN supports their precision; for inference only."""
+    if not supported(next(denoiser.parameters()).dtype):
+        return
     for block in denoiser.modules():
         if isinstance(block, tuple(design.block for design in DESIGNS.values())):
             block.attn.qkv, block.attn.out = FusedLinear(block.attn.qkv), FusedLinear(block.attn.out)

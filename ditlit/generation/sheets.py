@@ -40,8 +40,10 @@ def class_sheet(drawer: Drawer, classes: Sequence[int], columns: int, batch_size
     """A row for each two neighbouring classes, along the straight line between their embeddings.
 
     Raises:
-        InputError: for fewer than two classes.
+        InputError: for fewer than two classes, or a denoiser without a table of them.
     """
+    if not isinstance(getattr(drawer.denoiser, "label_embed", None), nn.Embedding):
+        raise InputError("a sheet between classes needs a denoiser with an embedding of labels, label_embed")
     if len(classes) < 2:
         raise InputError("a sheet between classes needs at least two of them; give more with --classes")
     positions = torch.linspace(0, 1, columns)
@@ -67,7 +69,8 @@ def cells(
     for start in range(0, len(y), batch_size):
         part = slice(start, start + batch_size)
         some = None if noise is None else noise[part].to(drawer.device)
-        images.append(drawer.images(drawer.draw(indices[part], y[part], sampling, noise=some)))
+        latents = drawer.draw(indices[part], y[part], sampling, noise=some)
+        images.append(drawer.images(latents, indices[part]))
     return torch.cat(images)
 
 

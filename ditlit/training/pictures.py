@@ -11,7 +11,7 @@ from torch import Tensor
 from ditlit.data.classes import Classes, parse_classes
 from ditlit.data.vae import Decoder, load_decoder
 from ditlit.errors import check_positive
-from ditlit.pictures import grid_of, save_png, to_uint8
+from ditlit.pictures import check_decoded, grid_of, save_png, to_uint8
 from ditlit.training.run_folder import run_folder
 
 
@@ -101,7 +101,9 @@ class SampleGrid(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         valid = outputs["valid"]
-        images = to_uint8(self._decode(outputs["latents"][valid])).cpu()
+        decoded = self._decode(outputs["latents"][valid])
+        check_decoded(decoded, outputs["index"][valid])
+        images = to_uint8(decoded).cpu()
         for index, label, image in zip(outputs["index"][valid], outputs["labels"][valid], images, strict=True):
             save_png(image, self._folder / "predictions" / f"{index:06d}-class-{label}.png")
 
