@@ -15,12 +15,13 @@ import ditlit
 PACKAGE = Path(ditlit.__file__).parent
 MAY_IMPORT = {
     "errors": set(),
+    "hub": set(),
     "models": {"errors"},
     "diffusion": {"errors"},
     "pictures": {"errors"},
     "precision": set(),
-    "data": {"errors", "pictures", "precision"},
-    "checkpoints": {"errors", "models", "diffusion"},
+    "data": {"errors", "pictures", "precision", "hub"},
+    "checkpoints": {"errors", "models", "diffusion", "hub"},
     "generation": {"errors", "models", "diffusion", "data", "pictures", "precision"},
     "evaluation": {"errors", "data", "pictures", "precision"},
     "training": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "precision", "evaluation"},

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditlit import hub
 from ditlit.data.manifest import PIXEL_CHANNELS
 from ditlit.errors import InputError
 from ditlit.precision import convolutions_as_products
@@ -25,23 +26,29 @@ def load_vae(source: str) -> nn.Module:
         InputError: where it cannot be loaded, with the remedy.
     """
     folder = Path(source).expanduser()
-    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    local = folder.is_dir()
+    if not local and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise InputError(
             f"cannot load the VAE {source!r}: there is no such folder, and names on the hub are OWNER/NAME"
         )
     from diffusers import AutoModel  # slow to import, and only needed for latents
     from diffusers.utils import logging
 
+    online = not local and hub.reachable()  # without a network its client would try again for a minute
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of settings that it does not use itself
     try:
         vae = AutoModel.from_pretrained(
-            str(folder) if folder.is_dir() else source, low_cpu_mem_usage=False, local_files_only=folder.is_dir()
+            str(folder) if local else source, low_cpu_mem_usage=False, local_files_only=not online
         )
     except Exception as error:
+        if local or online:
+            why = f"({type(error).__name__}: {error})"
+        else:
+            why = "is no folder here, and the Hugging Face hub cannot be reached, nor has its cache the VAE"
         raise InputError(
-            f"cannot load the VAE {source!r} ({type(error).__name__}: {error}). Give a folder that holds a diffusers "
-            "autoencoder (config.json and diffusion_pytorch_model.safetensors) or a name on a hub that can be reached"
+            f"cannot load the VAE {source!r} {why}. Give a folder that holds a diffusers autoencoder (config.json and "
+            "diffusion_pytorch_model.safetensors) or a name on a hub that can be reached"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -168,7 +175,16 @@ def load_autoencoder(vae: dict[str, Any] | None, source: str | None = None, chan
         vae = {"source": source}
     if vae is None and source not in (None, PIXELS):
         raise InputError(f"the latents of this store are pixels; remove the setting vae: {source!r}")
-    loaded = Autoencoder(PIXELS if vae is None else source or vae["source"])
+    try:
+        loaded = Autoencoder(PIXELS if vae is None else source or vae["source"])
+    except InputError as error:
+        if source is not None:
+            raise
+        raise InputError(
+            f"the latents name their VAE, but it is not where they say: {error}. Where it has moved, give its place "
+            "now with --vae (in a configuration: vae, of the callback that decodes)"
+            + ("; its weights are compared by their hash" if "hash" in vae else "")
+        ) from error
     if vae is not None and "hash" in vae and (loaded.entry or {}).get("hash") != vae["hash"]:
         found = (loaded.entry or {}).get("hash", "none: pixels")
         raise InputError(
