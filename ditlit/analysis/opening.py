@@ -3,14 +3,14 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 import yaml
 from torch import Tensor
 
 from ditlit import checkpoints
-from ditlit.checkpoints import Loaded
+from ditlit.checkpoints import Loaded, Reading
 from ditlit.data.manifest import MANIFEST
 from ditlit.data.store import LatentStore, per_channel
 from ditlit.data.vae import Autoencoder, load_autoencoder
@@ -92,6 +92,7 @@ def open_checkpoint(
     store: str | Path | None = None,
     vae: str | None = None,
     device: torch.device | str | None = None,
+    **reading: Unpack[Reading],
 ) -> Opened:
     """Open a checkpoint of any kind.
 
@@ -100,12 +101,14 @@ def open_checkpoint(
         store: latents of its kind; by default those of the run that wrote the checkpoint, held out ones if it has some.
         vae: where to load the autoencoder from, instead of the place that the checkpoint names.
         device: by default a GPU where there is one.
+        reading: what else ``load`` there takes: ``trust``, ``num_heads`` and so on.
 
     Raises:
         InputError: where something is missing or the store's latents are of another shape or number of classes.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded = checkpoints.load(ckpt)
+    ckpt = checkpoints.found(ckpt)
+    loaded = checkpoints.load(ckpt, **reading)
     opened = LatentStore(find_store(ckpt) if store is None else store)
     manifest, denoiser = opened.manifest, loaded.denoiser
     built_for = (denoiser.in_channels, *denoiser.input_size), denoiser.num_classes
@@ -114,7 +117,7 @@ def open_checkpoint(
             f"{opened.location} holds latents of shape {manifest.shape} in {counted(manifest.num_classes, 'class')}, "
             f"{ckpt} is built for {built_for[0]} in {built_for[1]}; name another store"
         )
-    raw = other_weights(ckpt, loaded)
+    raw = other_weights(ckpt, loaded, **reading)
     for model in (loaded, raw):
         if model is not None:
             model.denoiser.to(device).requires_grad_(False)
@@ -122,12 +125,12 @@ def open_checkpoint(
     return Opened(loaded, raw, opened, autoencoder, device)
 
 
-def other_weights(ckpt: str | Path, loaded: Loaded) -> Loaded | None:
+def other_weights(ckpt: str | Path, loaded: Loaded, **reading: Unpack[Reading]) -> Loaded | None:
     """The weights that the optimizer held, where a checkpoint has them beside their average."""
     if loaded.weights != "ema":
         return None
     try:
-        raw = checkpoints.load(ckpt, "raw")
+        raw = checkpoints.load(ckpt, "raw", **reading)
     except InputError:  # it holds the average only
         return None
     return raw if raw.weights == "raw" else None

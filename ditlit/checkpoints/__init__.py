@@ -3,6 +3,18 @@
 from ditlit.checkpoints.contents import Contents, build, describe
 from ditlit.checkpoints.initialize import initialize
 from ditlit.checkpoints.names import from_released, to_released
-from ditlit.checkpoints.read import Loaded, load, read
+from ditlit.checkpoints.read import Loaded, Reading, found, load, read
 
-__all__ = ["Contents", "Loaded", "build", "describe", "from_released", "initialize", "load", "read", "to_released"]
+__all__ = [
+    "Contents",
+    "Loaded",
+    "Reading",
+    "build",
+    "describe",
+    "found",
+    "from_released",
+    "initialize",
+    "load",
+    "read",
+    "to_released",
+]

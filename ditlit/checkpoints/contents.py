@@ -1,13 +1,15 @@
 """What a checkpoint says, whatever its format."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ditlit.diffusion import GaussianDiffusion
 from ditlit.errors import InputError
 from ditlit.models import VARIANTS, DiT
 
@@ -55,8 +57,27 @@ class Contents:
 
 
 def describe(instance: Any) -> dict[str, Any]:
-    """Class path and constructor keywords of a denoiser or process, as in a configuration file."""
+    """Class path and constructor keywords of a denoiser or process, as in a configuration file.
+
+    Raises:
+        InputError: where a class does not keep its keywords as ``config``.
+    """
     cls = class_of(instance)
+    if not isinstance(getattr(instance, "config", None), dict):
+        raise InputError(
+            f"{cls.__qualname__} needs an attribute config, the dict of keywords that its class is built with, by "
+            "which checkpoints describe it"
+        )
+    untold = [
+        name
+        for name, parameter in signature(cls).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in instance.config
+    ]
+    if untold:
+        raise InputError(
+            f"{cls.__qualname__} takes {', '.join(untold)}, which its config does not hold: what is rebuilt from a "
+            "checkpoint would not be the same"
+        )
     return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": instance.config}
 
 
@@ -71,32 +92,51 @@ def class_of(instance: Any) -> type:
     )
 
 
-def build(description: dict[str, Any]) -> Any:
+def build(description: dict[str, Any], trust: str | Sequence[str] | None = None) -> Any:
     """The inverse of :func:`describe`, for classes of this package: a checkpoint must not choose what code to run.
 
+    Args:
+        description: class path and constructor keywords.
+        trust: packages, modules or classes whose classes may be built too, separated by commas or as a list.
+
     Raises:
-        InputError: for any other class.
+        InputError: for any other class, and where a trusted one cannot be had or refuses its keywords.
     """
-    module, _, name = description["class_path"].rpartition(".")
-    if module.split(".")[0] != "ditlit":
-        raise InputError(f"the checkpoint names {description['class_path']}, which is no class of ditlit")
-    return getattr(import_module(module), name)(**description["init_args"])
+    path = description["class_path"]
+    module, _, name = path.rpartition(".")
+    trusted = [word.strip() for word in trust.split(",")] if isinstance(trust, str) else list(trust or ())
+    if not any(path == word or path.startswith(f"{word}.") for word in ("ditlit", *trusted)):
+        package = module.split(".")[0]
+        raise InputError(
+            f"the checkpoint names {path}, which is no class of ditlit; where it is your own code, or code that you "
+            f"trust, say so with --trust {package} (in Python: trust={package!r})"
+        )
+    try:
+        cls = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"the checkpoint names {path}, which cannot be imported ({error}); install its package, or set PYTHONPATH "
+            "to the folder that holds it"
+        ) from error
+    try:
+        return cls(**description["init_args"])
+    except TypeError as error:  # a keyword that it no longer takes
+        raise InputError(f"{path} does not take the keywords that the checkpoint has for it: {error}") from error
 
 
-def skeleton(denoiser: dict[str, Any]) -> nn.Module:
+def skeleton(denoiser: dict[str, Any], trust: str | Sequence[str] | None = None) -> nn.Module:
     """The described denoiser without memory for its weights."""
     with torch.device("meta"):
-        return build(denoiser)
+        return build(denoiser, trust)
 
 
-def check(contents: Contents, where: Any) -> Contents:
-    """The contents, if their weights are those of the denoiser that they describe.
+def check(contents: Contents, where: Any, trust: str | Sequence[str] | None = None) -> None:
+    """Check that the weights are those of the denoiser that contents describe.
 
     Raises:
         InputError: names the first key that is missing, foreign, or of another shape, with both shapes.
     """
-    check_shapes(contents.state, skeleton(contents.denoiser).state_dict(), where)
-    return contents
+    check_shapes(contents.state, skeleton(contents.denoiser, trust).state_dict(), where)
 
 
 def check_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: Any) -> None:
@@ -116,11 +156,12 @@ def as_dit(contents: Contents, format: str) -> DiT:
     """The denoiser without memory for its weights, where it is a DiT that another project's format can hold.
 
     Raises:
-        InputError: for another denoiser or conditioning.
+        InputError: for another denoiser, process or conditioning.
     """
+    for what, cls in ((contents.denoiser, DiT), (contents.process, GaussianDiffusion)):
+        if what["class_path"] != f"{cls.__module__}.{cls.__qualname__}":
+            raise InputError(f"{format} holds a {cls.__name__} only, not a {what['class_path']}")
     denoiser = skeleton(contents.denoiser)
-    if type(denoiser) is not DiT:
-        raise InputError(f"{format} holds a DiT only, not a {contents.denoiser['class_path']}")
     if denoiser.conditioning != "adaln_zero":
         raise InputError(
             f"{format} knows adaLN-Zero only, and this DiT's conditioning is {denoiser.conditioning}; "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditlit.checkpoints.contents import Contents, as_dit, check
+from ditlit.checkpoints.contents import Contents, as_dit
 from ditlit.checkpoints.names import from_diffusers, to_diffusers
 from ditlit.checkpoints.safetensors_files import save, tensors_and_entry
 from ditlit.checkpoints.sizes import Given, from_shapes
@@ -73,7 +73,7 @@ def restored(state: dict[str, Tensor], model: Path) -> Contents:
     contents = Contents(state=state | original, format="", **about)
     contents.state["label_embed.weight"] = state["label_embed.weight"][: contents.config["num_classes"] + 1]
     contents.state["patch_embed.weight"] = state["patch_embed.weight"].flatten(1)
-    return check(contents, model)
+    return contents
 
 
 def read_weights(model: Path) -> dict[str, Tensor]:

@@ -1,18 +1,22 @@
 """One way in: weights from any of the formats."""
 
+import functools
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, Unpack
 
 from torch import nn
 
-from ditlit.checkpoints.contents import Contents, Which, build
+from ditlit import hub
+from ditlit.checkpoints.contents import Contents, Which, build, check
 from ditlit.checkpoints.diffusers_folders import read_folder
 from ditlit.checkpoints.safetensors_files import read_safetensors
 from ditlit.checkpoints.sizes import Given
 from ditlit.checkpoints.torch_files import read_torch
 from ditlit.errors import InputError
 
+LAST = "last.ckpt"
 HUB_FILES = ["model_index.json", "*.json", "transformer/*.safetensors", "diffusion_pytorch_model*.safetensors"]
 
 
@@ -27,19 +31,31 @@ class Loaded(NamedTuple):
     format: str
 
 
-def load(
-    source: str | Path,
-    weights: Literal["ema", "raw"] = "ema",
-    num_heads: int | None = None,
-    input_size: int | tuple[int, int] | None = None,
-    in_channels: int | None = None,
-) -> Loaded:
+class Reading(TypedDict):
+    """What a source may not tell, and whose code it may name; the commands that read one have these settings too.
+
+    Args:
+        num_heads: attention heads, for bare weights whose width is none of the paper's.
+        input_size: side, or height and width, of the latents, for bare weights without a square position table.
+        in_channels: channels of the latents, for bare weights under our names; 4 by default.
+        trust: packages, modules or classes of your own, separated by commas or as a list, which the checkpoint may name
+            as its denoiser or process: they are imported.
+    """
+
+    num_heads: NotRequired[int | None]
+    input_size: NotRequired[int | tuple[int, int] | None]
+    in_channels: NotRequired[int | None]
+    trust: NotRequired[str | Sequence[str] | None]
+
+
+def load(source: str | Path, weights: Literal["ema", "raw"] = "ema", **reading: Unpack[Reading]) -> Loaded:
     """Build a denoiser and its process from weights in any format, on the CPU, in float32 and eval mode.
 
     Sources are our training checkpoints and safetensors files; ``.pt`` files of the released DiT weights, as they are
     or as the released code, fast-DiT and SiT save them in training; diffusers folders of a DiTTransformer2DModel or a
-    DiTPipeline, or their name on the Hugging Face hub; and bare weights under the released names or ours. No code in
-    any of them is run. Sizes are told from the shapes where no configuration comes with the weights.
+    DiTPipeline, or their name on the Hugging Face hub; the folder of a run, for its ``last.ckpt``; and bare weights
+    under the released names or ours. No code in any of them is run, and no class built but those of ditlit and those
+    that ``trust`` names. Sizes are told from the shapes where no configuration comes with the weights.
 
     Released weights are taken to belong to T = 1000 linear betas and, with four channels, to the paper's latents of
     stabilityai/sd-vae-ft-ema. SiT's weights have DiT's names and shapes but predict a velocity: train from them, do
@@ -48,9 +64,7 @@ def load(
     Args:
         source: file, folder or hub name.
         weights: the moving average, or the weights that the optimizer held. A source with one set gives that.
-        num_heads: attention heads, for bare weights whose width is none of the paper's.
-        input_size: side, or height and width, of the latents, for bare weights without a square position table.
-        in_channels: channels of the latents, for bare weights under our names; 4 by default.
+        reading: ``num_heads``, ``input_size``, ``in_channels`` and ``trust``; see :class:`Reading`.
 
     Returns:
         Model and process; what is known of its latents: ``shift`` and ``scale`` of each channel and, from the store or
@@ -59,49 +73,76 @@ def load(
 
     Raises:
         InputError: when the source is missing, damaged or foreign, naming the first key that does not fit and both
-            shapes, or holds no raw weights though they are asked for.
+            shapes, holds no raw weights though they are asked for, or names a class that is not trusted.
     """
-    contents = read(source, weights, num_heads, input_size, in_channels)
-    denoiser = build(contents.denoiser)
+    contents = read(source, weights, **reading)
+    trust = reading.get("trust")
+    denoiser = build(contents.denoiser, trust)
     denoiser.load_state_dict(contents.state)
-    process = build(contents.process)
+    process = build(contents.process, trust)
     return Loaded(denoiser.eval(), process, contents.latents, contents.step, contents.weights, contents.format)
 
 
-def read(
-    source: str | Path,
-    weights: Literal["ema", "raw"] = "ema",
-    num_heads: int | None = None,
-    input_size: int | tuple[int, int] | None = None,
-    in_channels: int | None = None,
-) -> Contents:
+def read(source: str | Path, weights: Literal["ema", "raw"] = "ema", **reading: Unpack[Reading]) -> Contents:
     """What :func:`load` builds from, with arguments and errors as there; weights stay in their stored precision."""
     path = found(source)
-    given = Given(num_heads, input_size, in_channels)
+    trust = reading.pop("trust", None)
+    given = Given(**reading)
     if path.is_dir():
         contents = read_folder(path)
     elif path.suffix == ".safetensors":
         contents = read_safetensors(path, given)
     else:
         contents = read_torch(path, weights, given)
+    check(contents, source, trust)
     if weights == "raw" and contents.weights == "ema":
         raise InputError(f"{source} holds the moving average only; use weights='ema'")
     return contents
 
 
 def found(source: str | Path) -> Path:
-    """A file or folder: the source itself, or what the hub has under that name."""
+    """A file or folder: the source itself, the last checkpoint of a run's folder, or what the hub has under that name.
+
+    Raises:
+        InputError: where there is none.
+    """
     path = Path(source)
+    if path.is_dir():
+        return last_of_run(path) or path
     if path.exists():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) or path.suffix in (".ckpt", ".pt", ".safetensors"):
         raise InputError(f"there is no checkpoint at {source}")
     from huggingface_hub import snapshot_download  # slow to import, and only needed here
 
+    online = hub.reachable()  # without a network its client would try again for a minute
     try:
-        return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+        return Path(snapshot_download(str(source), allow_patterns=HUB_FILES, local_files_only=not online))
     except Exception as error:
+        gave = "gave nothing under that name" if online else "cannot be reached, nor has its cache that name"
         raise InputError(
-            f"there is nothing at {source}, and the Hugging Face hub gave nothing under that name "
-            f"({type(error).__name__}); give the path of a download, or a name with safetensors and a network"
+            f"there is nothing at {source}, and the Hugging Face hub {gave} ({type(error).__name__}); give the path of "
+            "a download, or a name with safetensors and a network"
         ) from error
+
+
+def last_of_run(folder: Path) -> Path | None:
+    """The last checkpoint in the folder of a run, or in its ``checkpoints`` folder; None where this is neither.
+
+    Raises:
+        InputError: where a run has no ``last.ckpt``.
+    """
+    for inside in (folder / "checkpoints", folder):
+        if (inside / LAST).exists():
+            announce(f"{folder} is the folder of a run: taking {inside / LAST}")
+            return inside / LAST
+    if (folder / "checkpoints").is_dir():
+        others = ", ".join(sorted(path.name for path in (folder / "checkpoints").glob("*.ckpt"))) or "it has none"
+        raise InputError(f"the run {folder} has no checkpoints/{LAST}; name one of its checkpoints: {others}")
+    return None
+
+
+@functools.cache
+def announce(line: str) -> None:
+    """Say something once, however often a file is read."""
+    print(line, flush=True)

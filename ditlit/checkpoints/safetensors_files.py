@@ -8,7 +8,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ditlit.checkpoints.contents import Contents, check
+from ditlit.checkpoints.contents import Contents
+from ditlit.checkpoints.foreign import unreadable
 from ditlit.checkpoints.sizes import Given
 from ditlit.checkpoints.torch_files import from_bare
 from ditlit.errors import InputError
@@ -21,7 +22,7 @@ def read_safetensors(path: str | Path, given: Given) -> Contents:
     state, about = tensors_and_entry(path)
     if about is None:
         return from_bare(state, given, path)
-    return check(Contents(state=state, format="ditlit safetensors", **about), path)
+    return Contents(state=state, format="ditlit safetensors", **about)
 
 
 def write_safetensors(contents: Contents, path: Path) -> None:
@@ -48,4 +49,4 @@ def tensors_and_entry(path: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint at {path}") from None
     except (SafetensorError, ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read as safetensors; it may be truncated or foreign: {error}") from error
+        raise unreadable(path, "safetensors", error) from error

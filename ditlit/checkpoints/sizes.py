@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditlit.checkpoints.contents import Contents, Which, check, describe
+from ditlit.checkpoints.contents import Contents, Which, describe
 from ditlit.diffusion import GaussianDiffusion
 from ditlit.errors import InputError
 from ditlit.models import VARIANTS, DiT
@@ -47,7 +47,7 @@ def from_shapes(
         if not is_fixed(table, config, where):
             config["positions"] = "learned"
             state["pos_embed"] = table
-    contents = Contents(
+    return Contents(
         state=state,
         denoiser={"class_path": f"{DiT.__module__}.{DiT.__qualname__}", "init_args": config},
         process=describe(GaussianDiffusion()),
@@ -56,7 +56,6 @@ def from_shapes(
         weights=weights,
         format=format,
     )
-    return check(contents, where)
 
 
 def infer(state: dict[str, Tensor], tokens: int | None, given: Given, where: Any) -> dict[str, Any]:
@@ -75,18 +74,25 @@ def infer(state: dict[str, Tensor], tokens: int | None, given: Given, where: Any
         channels = given.in_channels or 4
         patch_size = math.isqrt(patch[1] // channels)
         if channels * patch_size**2 != patch[1]:
-            raise InputError(f"{where} has patches of {patch[1]} values; give in_channels, their number of channels")
+            raise InputError(
+                f"{where} has patches of {patch[1]} values; give in_channels (--in_channels), their number of channels"
+            )
     num_heads = given.num_heads or HEADS.get(width)
     if num_heads is None:
         widths = ", ".join(map(str, HEADS))
-        raise InputError(f"{where} has width {width}, which is none of the paper's ({widths}); give num_heads")
+        raise InputError(
+            f"{where} has width {width}, which is none of the paper's ({widths}); give num_heads (--num_heads), which "
+            "shapes do not tell"
+        )
     size = given.input_size
     if size is None:
         if tokens is None:
-            raise InputError(f"{where} has no position table to tell its input size; give input_size (32 for 256px)")
+            raise InputError(
+                f"{where} has no position table to tell its input size; give input_size (--input_size 32 for 256px)"
+            )
         side = math.isqrt(tokens)
         if side**2 != tokens:
-            raise InputError(f"{where} has {tokens} tokens, which make no square; give input_size")
+            raise InputError(f"{where} has {tokens} tokens, which make no square; give input_size (--input_size)")
         size = side * patch_size
     outputs = shape("final.linear.weight")[0]
     depth = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=-1)

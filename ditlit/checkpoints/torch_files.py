@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ditlit.checkpoints.contents import Contents, Which, as_dit, check
+from ditlit.checkpoints.contents import Contents, Which, as_dit
+from ditlit.checkpoints.foreign import unreadable
 from ditlit.checkpoints.names import RELEASED, rename, to_released, unwrapped
 from ditlit.checkpoints.sizes import PAPER_VAE, Given, from_shapes
 from ditlit.errors import InputError
@@ -39,7 +40,7 @@ def plain_data(path: str | Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint at {path}") from None
     except Exception as error:
-        raise InputError(f"{path} cannot be read as a checkpoint; it may be truncated or foreign: {error}") from error
+        raise unreadable(path, "a checkpoint", error) from error
 
 
 def from_training(checkpoint: dict[str, Any], weights: Literal["ema", "raw"], where: Any) -> Contents:
@@ -52,7 +53,7 @@ def from_training(checkpoint: dict[str, Any], weights: Literal["ema", "raw"], wh
     else:  # trained without a moving average, or converted
         which, state = checkpoint.get("weights", "raw"), checkpoint["state_dict"]
     settings = checkpoint["hyper_parameters"]
-    contents = Contents(
+    return Contents(
         state={k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)},
         denoiser=settings["denoiser"],
         process=settings["process"],
@@ -61,7 +62,6 @@ def from_training(checkpoint: dict[str, Any], weights: Literal["ema", "raw"], wh
         weights=which,
         format="ditlit checkpoint",
     )
-    return check(contents, where)
 
 
 def from_training_form(content: dict[str, Any], weights: Literal["ema", "raw"], given: Given, where: Any) -> Contents:

@@ -1,12 +1,12 @@
 """``ditlit convert``: weights from and to the formats that people have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 
-from ditlit.checkpoints import Contents, read
+from ditlit.checkpoints import Contents, Reading, read
 from ditlit.checkpoints.atomic import replacing
 from ditlit.checkpoints.contents import skeleton, variant_name
 from ditlit.checkpoints.diffusers_folders import write_transformer
@@ -30,10 +30,8 @@ def convert(
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep",
     vae: str | None = None,
     scheduler: Literal["ddim", "ddpm", "dpm++"] = "ddim",
-    num_heads: int | None = None,
-    input_size: int | None = None,
-    in_channels: int | None = None,
     overwrite: bool = False,
+    **reading: Unpack[Reading],
 ) -> None:
     """Convert weights between our checkpoints, the released DiT format, diffusers and safetensors.
 
@@ -59,10 +57,8 @@ def convert(
         vae: folder or hub name of the VAE for a whole DiTPipeline; without it a folder for DiTTransformer2DModel alone
             is written.
         scheduler: of the pipeline: ddim, with DiT's timesteps; ddpm, with the posterior's variance; or dpm++.
-        num_heads: attention heads, for bare weights whose width is none of the paper's.
-        input_size: side of the latents, for bare weights without a position table.
-        in_channels: channels of the latents, for bare weights under our names; 4 by default.
         overwrite: replace what is at ``out``.
+        reading: how the source is read, as for ``ditlit.checkpoints.load``.
 
     Raises:
         InputError: where the source cannot be read, the format cannot hold it, or ``out`` exists.
@@ -74,8 +70,8 @@ def convert(
     if path.exists() and not overwrite:  # before the source is read, which may take a while
         raise InputError(f"{path} exists already; choose another place or set overwrite to true")
     check_writable(path.parent, "--out")
-    contents = read(source, weights, num_heads, input_size, in_channels)
-    print(f"read {source}: {summary(contents)}", flush=True)
+    contents = read(source, weights, **reading)
+    print(f"read {source}: {summary(contents, reading.get('trust'))}", flush=True)
     if dtype != "keep":
         contents.state = {key: value.to(DTYPES[dtype]) for key, value in contents.state.items()}
     with replacing(path, overwrite) as temporary:
@@ -125,14 +121,14 @@ def matching_vae(contents: Contents, source: str) -> Any:
     return vae
 
 
-def summary(contents: Contents) -> str:
+def summary(contents: Contents, trust: str | Sequence[str] | None) -> str:
     """Format, weights, variant, parameters, classes and input size in one line."""
-    model = skeleton(contents.denoiser)
-    height, width = contents.grid_size
+    model = skeleton(contents.denoiser, trust)
+    height, width = model.input_size
     parameters = num_parameters(model) if isinstance(model, DiT) else sum(p.numel() for p in model.parameters())
     which = "" if contents.weights == "unknown" else f"{contents.weights} weights, "
+    name = variant_name(contents.config) if isinstance(model, DiT) else contents.denoiser["class_path"]
     return (
-        f"{contents.format}, {which}{variant_name(contents.config)}, {parameters:,} parameters, "
-        f"{counted(contents.config['num_classes'], 'class')}, input {contents.config['in_channels']}x{height}x{width}"
-        + (f", step {contents.step}" if contents.step else "")
+        f"{contents.format}, {which}{name}, {parameters:,} parameters, {counted(model.num_classes, 'class')}, input "
+        f"{model.in_channels}x{height}x{width}" + (f", step {contents.step}" if contents.step else "")
     )

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ditlit import __version__, checkpoints
 from ditlit.analysis.opening import other_weights
-from ditlit.checkpoints import Loaded, describe
+from ditlit.checkpoints import Loaded, Reading, describe
+from ditlit.checkpoints.contents import class_of
 from ditlit.commands.processes import launch
 from ditlit.data.classes import Classes, ClassSet, match_classes
 from ditlit.data.collection import StoreCollection
@@ -37,6 +38,7 @@ def evaluate_loss(
     seed: int = 0,
     accelerator: str = "auto",
     store_classes: Classes | None = None,
+    **reading: Unpack[Reading],
 ) -> None:
     """Give the loss by timestep on held-out latents, and say plainly what is off.
 
@@ -58,13 +60,14 @@ def evaluate_loss(
         accelerator: cpu, gpu, or auto.
         store_classes: the class of the checkpoint that each class of the store is, by number or name; only needed
             where their names do not tell. Classes that the checkpoint lacks are left out.
+        reading: how the checkpoint is read, as for ``ditlit.checkpoints.load``.
     """
     check_positive(draws=draws, bins=bins, batch_size=batch_size)
     if num_samples < 2:
         raise InputError(f"a spread needs num_samples 2 at least, got {num_samples}")
     if out is not None:
         check_output(Path(out), "--out")
-    loaded = checkpoints.load(ckpt)
+    loaded = checkpoints.load(ckpt, **reading)
     latents = StoreCollection([LatentStore(store)])
     num_classes = loaded.denoiser.num_classes
     built_for = (loaded.denoiser.in_channels, *loaded.denoiser.input_size)
@@ -74,7 +77,7 @@ def evaluate_loss(
     numbers = match_classes(latents.class_set, ClassSet(num_classes, names, ckpt), "--store_classes", store_classes)
     latents.number_anew(numbers, num_classes, names)
     device = launch(accelerator, "1", 1)[0].device
-    raw = other_weights(ckpt, loaded)
+    raw = other_weights(ckpt, loaded, **reading)
     average = None if raw is None else compare_weights(loaded, raw)
     rows = spread(latents.rows, num_samples).repeat(draws)
     losses, known = compute(loaded, raw, latents, rows, batch_size, seed, device)
@@ -93,7 +96,7 @@ def evaluate_loss(
 
 def compare_weights(loaded: Loaded, raw: Loaded) -> Average:
     ours, theirs = dict(loaded.denoiser.named_parameters()), dict(raw.denoiser.named_parameters())
-    fresh = checkpoints.build(describe(loaded.denoiser))
+    fresh = class_of(loaded.denoiser)(**loaded.denoiser.config)
     zero = [name for name, p in fresh.named_parameters() if p.requires_grad and not p.any()]
     names = [name for name, p in ours.items() if p.requires_grad]
     learned = norm(theirs[name] for name in zero)

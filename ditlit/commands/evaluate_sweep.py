@@ -62,6 +62,8 @@ def evaluate_sweep(
     accelerator: str = "auto",
     devices: str = "auto",
     num_nodes: int = 1,
+    trust: str | None = None,
+    num_heads: int | None = None,
 ) -> None:
     """Sample and evaluate every combination of the given settings.
 
@@ -95,6 +97,8 @@ def evaluate_sweep(
         accelerator: cpu, gpu, or auto.
         devices: number of devices of this machine, or auto.
         num_nodes: number of machines.
+        trust: as for ditlit sample.
+        num_heads: as for ditlit sample.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise InputError("evaluate sweep starts its own processes: run it without torchrun, with --devices")
@@ -109,6 +113,7 @@ def evaluate_sweep(
     drawing = common | {
         "ckpt": ckpt, "num_samples": num_samples, "labels": labels, "weights": weights, "seed": seed,
         "guidance_channels": guidance_channels, "batch_size": batch_size, "precision": precision, "vae": vae,
+        "trust": trust, "num_heads": num_heads,
     }  # fmt: skip
     judging = common | {
         "reference": reference, "metrics": metrics, "extractor": extractor, "inception_weights": inception_weights,

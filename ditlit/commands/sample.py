@@ -2,16 +2,17 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
 from ditlit import __version__, checkpoints
+from ditlit.checkpoints import Reading
 from ditlit.commands.processes import Progress, launch, share
 from ditlit.data.classes import Classes, parse_classes
 from ditlit.data.folders import check_writable
@@ -43,7 +44,7 @@ def sample(
     eta: float = 0.0,
     guidance_scale: float = 4.0,
     guidance_channels: int | None = None,
-    guidance_interval: tuple[int, int] | None = None,
+    guidance_interval: tuple[int, int] | str | None = None,
     seed: int = 0,
     batch_size: int = 32,
     precision: Literal["32", "tf32", "bf16", "fp16"] = "32",
@@ -59,6 +60,7 @@ def sample(
     accelerator: str = "auto",
     devices: str = "auto",
     num_nodes: int = 1,
+    **reading: Unpack[Reading],
 ) -> None:
     """Draw images from a checkpoint of any kind.
 
@@ -68,8 +70,8 @@ def sample(
     number, its class and these settings only, not on devices or restarts; a job that was killed makes what is missing.
 
     Args:
-        ckpt: a checkpoint of ours, the released DiT weights (.pt), a diffusers folder, a safetensors file, or a name on
-            the hub.
+        ckpt: a checkpoint of ours, the folder of a run (its last checkpoint), the released DiT weights (.pt), a
+            diffusers folder, a safetensors file, or a name on the hub.
         out: folder for the images.
         classes: numbers or names, separated by commas or as a list; by default ten spread over all of them, or all of
             them with num_samples. What is the name of a class is taken for the name.
@@ -83,7 +85,7 @@ def sample(
         eta: noise of DDIM's steps, from 0 (none) to 1.
         guidance_scale: strength of classifier-free guidance; 1 is none, 4 makes pictures like the paper's.
         guidance_channels: guide only the first so many channels; the paper's numbers guide 3.
-        guidance_interval: guide only at timesteps between these two.
+        guidance_interval: guide only at timesteps between these two: LOWEST,HIGHEST.
         seed: of all noise.
         batch_size: images drawn at once on each device.
         precision: of the denoiser. tf32 is float32 with fast matrix products on GPUs, in the VAE too, which is float32
@@ -102,6 +104,7 @@ def sample(
         accelerator: cpu, gpu, or auto.
         devices: number of devices of this machine, or auto: all GPUs, or one process on the CPU.
         num_nodes: number of machines.
+        reading: how the checkpoint is read, as for ``ditlit.checkpoints.load``.
     """
     products = {word.strip() for word in (save or "").split(",")} - {""}
     if not products <= set(PRODUCTS):
@@ -112,12 +115,13 @@ def sample(
     )  # fmt: skip
     if sheet_columns < 2:
         raise InputError(f"a sheet has two columns at least, sheet_columns is {sheet_columns}")
-    scales = numbers(sheet_scales)
     sampling = Sampling(
-        sampler, num_steps, spacing, eta, guidance_scale, guidance_channels,
-        None if guidance_interval is None else tuple(guidance_interval),
+        sampler, num_steps, spacing, eta, guidance_scale, guidance_channels, guidance_interval
     )  # fmt: skip
-    loaded = checkpoints.load(ckpt, weights)
+    scales = numbers(sheet_scales)
+    for scale in scales:
+        replace(sampling, guidance_scale=scale)  # refuses one that is none
+    loaded = checkpoints.load(ckpt, weights, **reading)
     sampling.check(loaded.process, loaded.denoiser.in_channels)
     num_classes = loaded.denoiser.num_classes
     if classes is not None:
@@ -218,7 +222,7 @@ def draw_missing(
         for batch in mine:
             frames = Frames(drawer, save_steps) if save_steps and batch[0] == 0 else None
             latents = drawer.draw(batch, y[batch], callback=frames)
-            folder.write(batch, drawer.images(latents), latents, threads)
+            folder.write(batch, drawer.images(latents, batch), latents, threads)
             if frames is not None:
                 save_animation(frames.pictures(), animation, seconds_a_frame=0.1)
             progress.advance(len(batch))

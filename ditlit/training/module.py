@@ -12,11 +12,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torchmetrics import MeanMetric
 
 from ditlit import checkpoints
 from ditlit.checkpoints import describe
 from ditlit.checkpoints.contents import class_of
+from ditlit.checkpoints.sizes import HEADS
 from ditlit.data.manifest import Manifest
 from ditlit.data.store import per_channel
 from ditlit.diffusion import GaussianDiffusion, Sampling
@@ -82,7 +82,9 @@ class DiTModule(LightningModule):
             raise InputError(f"label_dropout is a probability below 1, got {label_dropout}")
         check_positive(max_bad_steps=max_bad_steps)
         process, ema = own(process), own(ema)
+        check_denoiser(denoiser)
         sampling.check(process, denoiser.in_channels)
+        describe(process)  # or a checkpoint could not say how to rebuild it
         self.denoiser = denoiser
         self.process = process
         self.optimizer = optimizer
@@ -100,7 +102,6 @@ class DiTModule(LightningModule):
         # x0 = (latent - shift) * scale, from the store. No buffers, which 16-bit training would round: see _apply.
         self.latent_shift = torch.zeros(denoiser.in_channels, 1, 1, dtype=torch.float32)
         self.latent_scale = torch.ones(denoiser.in_channels, 1, 1, dtype=torch.float32)
-        self.val_terms = nn.ModuleDict({name: MeanMetric() for name in ("loss", "mse", "vlb")})
 
     # Setting up --------------------------------------------------------------------------------------------------
 
@@ -159,7 +160,10 @@ class DiTModule(LightningModule):
 
     def initialize(self, source: str, manifest: Manifest | None) -> None:
         """Take the weights of ``source``, before training; the moving average starts from them."""
-        contents = checkpoints.read(source)
+        # What the shapes of bare weights and the class path in a checkpoint leave open, the configuration has said.
+        config, classes = self.denoiser.config, [describe(part)["class_path"] for part in (self.denoiser, self.process)]
+        heads = None if config.get("hidden_size") in HEADS else config.get("num_heads")
+        contents = checkpoints.read(source, num_heads=heads, trust=classes)
         if manifest is not None:
             check_same_vae(contents.latents, manifest, source, self.trainer.datamodule.store)
         for line in checkpoints.initialize(self.denoiser, contents, getattr(manifest, "class_names", None), source):
@@ -267,14 +271,23 @@ class DiTModule(LightningModule):
         x0 = self.scaled(batch, draw)  # (N, C, H, W)
         t = torch.tensor(t, device=self.device)  # (N,)
         terms = self.process.loss(self.denoiser, x0, batch["labels"], t=t, noise=noise)
+        valid = batch["valid"].float()  # (N,), 0 for the rows that only fill up a batch
+        count = valid.sum()
         for name, values in terms.items():
-            self.val_terms[name].update(values, batch["valid"].float())
-            self.log(f"{split}/{name}", self.val_terms[name], on_step=False, on_epoch=True, prog_bar=name == "loss")
+            mean = (values * valid).sum() / count.clamp(min=1)
+            # A count of float32 is weighed exactly; Lightning would round the mean of whole ones over processes.
+            self.log(
+                f"{split}/{name}", mean, on_step=False, on_epoch=True, prog_bar=name == "loss", sync_dist=True,
+                batch_size=count,
+            )  # fmt: skip
 
     # Sampling ----------------------------------------------------------------------------------------------------
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        return batch | {"latents": self.sample(batch["labels"], batch["index"].tolist())}
+        y, indices = batch["labels"], batch["index"].tolist()
+        x0 = self.sampling(*self.drawn_from(y, indices, self.seed))
+        self.sampling.check_finite(x0, *self.drawn_from(y, indices, self.seed))
+        return batch | {"latents": self.raw(x0)}
 
     def sample(
         self, y: Tensor, indices: Sequence[int], seed: int | None = None, callback: StepCallback | None = None
@@ -284,9 +297,14 @@ class DiTModule(LightningModule):
         A sample depends on the seed (the run's by default), its global index and its label alone.
         """
         seed = self.seed if seed is None else seed
-        x0 = self.sampling(
-            self.process, self.denoiser, self.latent_shape, y, self.denoiser.num_classes, indices, seed, callback
-        )
+        return self.raw(self.sampling(*self.drawn_from(y, indices, seed), callback))
+
+    def drawn_from(self, y: Tensor, indices: Sequence[int], seed: int) -> tuple[Any, ...]:
+        """The arguments of ``self.sampling`` for these samples."""
+        return self.process, self.denoiser, self.latent_shape, y, self.denoiser.num_classes, indices, seed
+
+    def raw(self, x0: Tensor) -> Tensor:
+        """Latents as the VAE knows them, from what the denoiser knows."""
         return x0 / self.latent_scale + self.latent_shift
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -344,6 +362,14 @@ def own(value: Any) -> Any:
     if not hasattr(value, "lazy_get_init_args"):
         return value
     return class_of(value)(**value.lazy_get_init_args().as_dict())
+
+
+def check_denoiser(denoiser: nn.Module) -> None:
+    """Raise InputError for a denoiser that could be trained, but neither saved nor sampled."""
+    lacking = [name for name in ("in_channels", "input_size", "num_classes", "config") if not hasattr(denoiser, name)]
+    if lacking:
+        raise InputError(f"the denoiser {type(denoiser).__name__} needs an attribute {', '.join(lacking)}")
+    describe(denoiser)
 
 
 def prefer_fused(optimizer: torch.optim.Optimizer) -> None:
