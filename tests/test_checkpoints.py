@@ -2,6 +2,10 @@
 
 import argparse
 import json
+import pickle
+import shutil
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from weights import assert_same, parameters, released, scrambled
 
-from ditlit import checkpoints
+from ditlit import checkpoints, hub
 from ditlit.checkpoints import from_released
+from ditlit.data.vae import load_vae
 from ditlit.diffusion import GaussianDiffusion
 from ditlit.errors import InputError
 from ditlit.models import DiT
@@ -236,14 +241,77 @@ def test_a_namespace_in_a_checkpoint_leaves_no_door_open_behind_it(tmp_path):
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
-def test_a_hub_that_cannot_be_reached_is_said_in_one_line(monkeypatch):
-    def unreachable(name, allow_patterns):
+@pytest.mark.parametrize("online", [True, False])
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line(monkeypatch, online):
+    def unreachable(name, allow_patterns, local_files_only):
         assert name == "facebook/DiT-XL-2-256" and all(p.endswith((".json", ".safetensors")) for p in allow_patterns)
+        assert local_files_only == (not online)
         raise ConnectionError("no route")
 
+    monkeypatch.setattr("ditlit.hub.reachable", lambda: online)
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    with pytest.raises(InputError, match=r"nothing at facebook/DiT-XL-2-256.*\(ConnectionError\); give the path"):
+    with pytest.raises(
+        InputError, match=r"nothing at facebook/DiT-XL-2-256.*\(ConnectionError\); give the path"
+    ) as said:
         checkpoints.load("facebook/DiT-XL-2-256")
+    assert ("cannot be reached" in str(said.value)) == (not online)
+
+
+def test_a_hub_that_does_not_answer_is_tried_once(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and never answers
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(hub, "PATIENCE", 0.2)
+        start = time.monotonic()
+        for load, said in ((checkpoints.load, "cannot be reached, nor has its cache"), (load_vae, "cannot be reached")):
+            with pytest.raises(InputError, match=said):
+                load("owner/name")
+        assert time.monotonic() - start < 20
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert not hub.reachable()
+
+
+MODULE = torch.nn.Linear(2, 2)  # pickled below, whole
+FOREIGN = {
+    "empty.pt": (lambda path: path.touch(), "it is empty"),
+    "pointer.pt": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
+                   "it is a Git LFS pointer.*run git lfs pull"),
+    "page.ckpt": (lambda path: path.write_text("\n<!DOCTYPE html><html>404</html>"), "it is a web page"),
+    "module.pt": (lambda path: torch.save(MODULE, path), r"an object of torch.nn.modules.linear.Linear as a"),
+    "inside.ckpt": (lambda path: torch.save({"model": MODULE}, path), r"Python pickle.*weights_only=False"),
+    "legacy.pt": (lambda path: torch.save(MODULE, path, _use_new_zipfile_serialization=False), "Python pickle"),
+    "plain.pt": (lambda path: path.write_bytes(pickle.dumps({"a": [1, 2]})), "it holds objects as a Python pickle"),
+    "noise.pt": (lambda path: path.write_bytes(b"noise" * 99), "it may be truncated or foreign"),
+}  # fmt: skip
+FOREIGN |= {name.replace(".pt", ".safetensors"): FOREIGN[name] for name in ("empty.pt", "pointer.pt", "noise.pt")}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_that_is_no_checkpoint_is_told_for_what_it_is(tmp_path, name):
+    write, said = FOREIGN[name]
+    write(tmp_path / name)
+    with pytest.raises(InputError, match=rf"{name} cannot be read as (a checkpoint|safetensors).*{said}") as error:
+        checkpoints.load(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_s_folder_stands_for_its_last_checkpoint(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copy(trained[1], run / "checkpoints" / "step=4.ckpt")
+    with pytest.raises(InputError, match=r"the run .*run has no checkpoints/last.ckpt; name one .*: step=4.ckpt"):
+        checkpoints.load(run)
+    shutil.copy(trained[1], run / "checkpoints" / "last.ckpt")
+    for folder in (run, run / "checkpoints"):
+        for _ in range(2):
+            assert_same(
+                parameters(checkpoints.load(folder).denoiser), parameters(checkpoints.load(trained[1]).denoiser)
+            )
+        said = capsys.readouterr().out
+        assert said == f"{folder} is the folder of a run: taking {run / 'checkpoints' / 'last.ckpt'}\n"
 
 
 def test_released_names_map_one_to_one():

@@ -106,6 +106,8 @@ def test_settings_can_be_changed_one_by_one(cli):
     assert built.model.denoiser.num_classes == 10 and built.model.denoiser.input_size == (16, 32)
     assert built.model.ema.decay == 0.99 and built.datamodule.global_batch_size == 64
     assert tuple(built.model.sampling.guidance_interval) == (100, 800)
+    built = cli("fit", "--config", "s2.yaml", "--model.sampling.guidance_interval", "100,900")
+    assert built.model.sampling.guidance_interval == (100, 900)
 
 
 def test_everything_of_a_run_goes_to_its_folder(cli):

@@ -84,6 +84,24 @@ def test_prediction_writes_one_file_a_sample(make_module, make_trainer, pixels, 
     assert grid(tmp_path / "predictions" / names[0]).shape == (8, 8, 3)
 
 
+@pytest.mark.parametrize("where", ["drawn", "decoded"])
+def test_a_prediction_that_is_not_finite_is_an_error(make_module, make_trainer, pixels, tmp_path, monkeypatch, where):
+    module, grid = make_module(), SampleGrid()
+    if where == "drawn":
+        for parameter in module.denoiser.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        module.denoiser.label_embed.weight.data[1] = 1e38
+    else:
+        monkeypatch.setattr("ditlit.training.pictures.load_decoder", lambda *_: lambda z: z / torch.zeros(()))
+    said = {
+        "drawn": r"image 1 \(class 1\) is not finite from step 1 of 3",
+        "decoded": "image 0 is not finite once it is",
+    }
+    with pytest.raises(InputError, match=said[where]):
+        make_trainer(callbacks=[grid]).predict(module, pixels)
+    assert not list(tmp_path.glob("predictions/*.png"))
+
+
 @pytest.fixture
 def vae(tmp_path):
     torch.manual_seed(0)
@@ -150,7 +168,9 @@ def test_a_wrong_or_missing_vae_stops_the_run_before_it_starts(make_module, make
     about = {"class": "AutoencoderTiny", "source": str(tmp_path / "nowhere"), "hash": "0" * 64}
     write_store(tmp_path / "s", torch.randn(16, 3, 8, 8), torch.arange(16) % 5, 5, vae=about)
     datamodule = LatentDataModule(str(tmp_path / "s"), global_batch_size=8)
-    with pytest.raises(InputError, match=r"cannot load the VAE '.*nowhere'"):
+    with pytest.raises(
+        InputError, match=r"cannot load the VAE '.*nowhere'.*Where it has moved, give its place now with"
+    ):
         make_trainer(callbacks=[SampleGrid()]).fit(make_module(), datamodule)
     with pytest.raises(InputError, match="is not the one that encoded this store"):
         make_trainer(callbacks=[SampleGrid(vae=folder)]).fit(make_module(), datamodule)

@@ -16,6 +16,7 @@ LATENTS = {
     "vae": {"class": "AutoencoderKL", "source": "a folder"},
     "class_names": ["cat", "dog, the other one", "owl", "cow", "bee", "ant", "elk"],
 }
+PIXELS = LATENTS | {"shift": [0.0], "scale": [1.0], "kind": "latents", "vae": None, "class_names": None}
 
 
 def scrambled(seed=0, **config):
@@ -41,12 +42,12 @@ def assert_same(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def contents_of(model, class_names=None):
+def contents_of(model, class_names=None, latents=LATENTS):
     return checkpoints.Contents(
         state=dict(model.state_dict()),
         denoiser=checkpoints.describe(model),
         process=checkpoints.describe(GaussianDiffusion()),
-        latents=LATENTS | {"class_names": class_names},
+        latents=latents | {"class_names": class_names},
         step=0,
         weights="ema",
         format="test",
