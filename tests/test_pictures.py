@@ -77,7 +77,9 @@ def test_drawing_does_not_disturb_training(make_module, make_trainer, pixels):
         assert torch.equal(a, b)
 
 
-def test_prediction_writes_one_file_a_sample(make_module, make_trainer, pixels, tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_prediction_writes_one_file_a_sample(make_module, make_trainer, pixels, tmp_path, num_workers):
+    pixels.num_workers = num_workers
     make_trainer(callbacks=[SampleGrid()]).predict(make_module(), pixels)
     names = sorted(f.name for f in (tmp_path / "predictions").iterdir())
     assert names == [f"{i:06d}-class-{i % 5}.png" for i in range(7)]
