@@ -18,6 +18,7 @@ from weights import PIXELS, contents_of, scrambled
 
 from ditlit import checkpoints
 from ditlit.checkpoints.safetensors_files import write_safetensors
+from ditlit.commands.evaluate_loss import evaluate_loss
 from ditlit.commands.sample import sample
 from ditlit.data import LatentDataModule, write_store
 from ditlit.data.classes import parse_classes
@@ -328,6 +329,21 @@ def test_a_step_on_the_way_that_is_not_finite_is_found():
     ):
         sampling.check_finite(x0, *arguments)
     sampling.check_finite(x0[:1], process, model, (1, 2, 2), torch.tensor([0]), 5, [4])
+
+
+def test_bare_weights_of_a_width_that_the_paper_lacks_are_drawn_with_their_number_of_heads(tmp_path):
+    model, path = scrambled(in_channels=3, num_classes=5), tmp_path / "x.pt"
+    torch.save(model.state_dict(), path)
+    settings = dict(in_channels=3, input_size=8, num_samples=3)
+    with pytest.raises(InputError, match=r"has width 48, .*give num_heads \(--num_heads\)"):
+        draw(path, tmp_path / "out", **settings)
+    draw(path, tmp_path / "bare", num_heads=4, **settings)
+    write_safetensors(contents_of(model, latents=PIXELS), tmp_path / "x.safetensors")
+    draw(tmp_path / "x.safetensors", tmp_path / "whole", num_samples=3)
+    assert images(tmp_path / "bare") == images(tmp_path / "whole") and len(images(tmp_path / "bare")) == 3
+    arguments = dict(num_heads=4, in_channels=3, input_size=8, num_samples=4, draws=1, bins=2, accelerator="cpu")
+    write_store(tmp_path / "store", torch.rand(10, 3, 8, 8), torch.arange(10) % 5, 5)
+    evaluate_loss(str(path), str(tmp_path / "store"), **arguments)
 
 
 def test_a_picture_that_the_vae_overflows_on_is_named(checkpoint):
