@@ -1,9 +1,11 @@
-"""A small latent store and a module small enough to train in a test."""
+"""A place of its own for every test, a small latent store, and a module small enough to train in a test."""
 
 import logging
+import os
 import sys
 import warnings
 
+import environment  # noqa: F401  before all that reads it
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -18,6 +20,28 @@ from ditlit.models import DiT
 from ditlit.training import EMA, DiTModule
 
 N, SHAPE, K = 40, (3, 8, 8), 5
+
+
+@pytest.fixture(autouse=True, scope="session")
+def away(tmp_path_factory):
+    """Fixtures that many tests share work in an empty folder too."""
+    folder = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(folder)
+
+
+@pytest.fixture(autouse=True)
+def apart(tmp_path_factory):
+    """Every test in an empty working folder and with an empty home, and with the environment as before the others."""
+    before = dict(os.environ)
+    folder = os.getcwd()
+    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ |= before
 
 
 @pytest.fixture(autouse=True)

@@ -105,6 +105,8 @@ def srun(rank: int, ranks: int, port: int) -> dict[str, str]:
 def command(words: list[str], environment: dict[str, str], folder: Path) -> None:
     """What each process does."""
     torch.set_num_threads(1)
+    os.chdir(folder)
+    os.environ.clear()
     os.environ |= environment
     from ditlit.__main__ import main
 
@@ -115,8 +117,15 @@ def command(words: list[str], environment: dict[str, str], folder: Path) -> None
     try:
         main()
     finally:
-        threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]  # of Linux only
-        (folder / f"threads{environment.get('RANK', 0)}.txt").write_text("\n".join(threads))
+        names = filter(None, map(name_of, Path("/proc/self/task").glob("*")))  # of Linux only
+        (folder / f"threads{environment.get('RANK', 0)}.txt").write_text("\n".join(names))
+
+
+def name_of(thread: Path) -> str | None:
+    try:
+        return (thread / "comm").read_text().strip()
+    except OSError:  # it has ended meanwhile
+        return None
 
 
 def run(ranks: int, words: list[str], folder: Path, launcher: Callable = torchrun) -> list[int]:
@@ -127,7 +136,7 @@ def run(ranks: int, words: list[str], folder: Path, launcher: Callable = torchru
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    environments = [launcher(rank, ranks, port) if ranks > 1 else {} for rank in range(ranks)]
+    environments = [dict(os.environ) | (launcher(rank, ranks, port) if ranks > 1 else {}) for rank in range(ranks)]
     processes = [context.Process(target=command, args=(words, each, folder)) for each in environments]
     try:
         for process in processes:

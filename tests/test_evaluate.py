@@ -103,8 +103,7 @@ def test_two_processes_and_workers_get_the_numbers_of_one(data, run, tmp_path):
         f"evaluate({data['generated']!r}, {data['real']!r}, 'two.json', extractor={COLOURS!r}, batch_size=16,\n"
         "         num_workers=2, cache='other', accelerator='cpu', devices=2, bootstrap=5)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    result = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["devices"] == 2 and two["features from the cache"] == []
@@ -123,10 +122,7 @@ def test_a_broken_image_ends_all_processes_with_one_message(data, tmp_path):
         f"    evaluate('broken', {data['real']!r}, extractor={COLOURS!r}, batch_size=16, cache='c',\n"
         "             accelerator='cpu', devices=2)\nexcept InputError as error:\n    sys.exit(f'refused: {error}')\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    result = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0
     assert "refused: broken/0033.png cannot be decoded" in result.stderr
 

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,8 +138,7 @@ trainer = Trainer(accelerator="cpu", devices=2, max_steps=4, logger=False, enabl
                   check_val_every_n_epoch=None, callbacks=[metrics], default_root_dir="two")
 trainer.fit(module, LatentDataModule({store!r}, val_size=10, global_batch_size=8, val_batch_size=4))
 """)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    result = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     two = json.loads((tmp_path / "two" / "evaluations" / "step-00000004.json").read_text())
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-3)  # weights differ by rounding

@@ -156,7 +156,7 @@ def test_held_out_loss_and_predictions_are_the_same(tmp_path, store, sharded):
 def test_torchrun_starts_the_same_run(tmp_path, store, one):
     config = write_config(tmp_path / "run", store, "ddp")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*torchrun, "-m", "ditlit", "fit", "--config", str(config)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -15,8 +15,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-TESTS = Path(__file__).parent
-
 
 def start(folder: Path, store: str, devices: int, resume: bool = False, **kill) -> subprocess.Popen:
     """Start the command line in a process group of its own. ``kill`` goes to RecordLosses."""
@@ -64,7 +62,7 @@ def start(folder: Path, store: str, devices: int, resume: bool = False, **kill) 
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "ditlit", "fit", "--config", str(folder / "run.yaml")]
     command += ["--ckpt_path", "last"] if resume else []
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(folder / "log.txt", "a") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
