@@ -49,6 +49,15 @@ def test_a_grid_at_every_validation(make_module, make_trainer, pixels, tmp_path)
     assert [image.step for image in events.Images("samples")] == [2, 4]
 
 
+def test_a_grid_that_will_never_be_drawn_is_said(make_module, make_trainer, pixels, store, caplog):
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    make_trainer(callbacks=[SampleGrid(per_class=1)], max_steps=1).fit(make_module(), pixels)
+    assert "draw nothing" not in caplog.text
+    alone = LatentDataModule(pixels.store, global_batch_size=8)
+    make_trainer(callbacks=[SampleGrid(per_class=1)], max_steps=1).fit(make_module(), alone)
+    assert "it will draw nothing. Hold samples out with --data.val_size, or set its every_n_steps" in caplog.text
+
+
 def test_the_grid_is_drawn_from_the_average_with_fixed_noise(make_module, make_trainer, pixels, tmp_path):
     module = make_module()
     make_trainer(callbacks=[SampleGrid(every_n_steps=4, per_class=2, min_side=8, batch_size=3)]).fit(module, pixels)

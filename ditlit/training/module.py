@@ -173,7 +173,10 @@ class DiTModule(LightningModule):
             self.ema.setup(self.trainer, self, "fit")  # again: it has copied the weights of before
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.denoiser.parameters() if p.requires_grad])
+        try:
+            optimizer = self.optimizer([p for p in self.denoiser.parameters() if p.requires_grad])
+        except (TypeError, ValueError) as error:  # Muon takes matrices only, others want names with the parameters
+            raise InputError(f"model.optimizer does not take the denoiser's parameters: {error}") from error
         prefer_fused(optimizer)
         if self.lr_scheduler is None:
             return optimizer

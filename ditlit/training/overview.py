@@ -1,9 +1,10 @@
-"""What TensorBoard shows before the first step: a layout of the curves, the run's settings, its model and its store."""
+"""What a run shows before its first step: its model, and in TensorBoard a layout of the curves, settings and store."""
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.tensorboard.summary import hparams
 
 from ditlit.checkpoints.contents import class_of
@@ -34,6 +35,15 @@ LAYOUT = {
     "metrics of samples": {"metrics": ["Multiline", ["eval/.*", "digits/.*"]]},
 }
 RESULTS = ("val/loss", "val/mse", "train/loss", "throughput/images_per_second")
+
+
+class ModelLine(Callback):
+    """Says in one line what is trained, in place of Lightning's table of layers."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        facts = model_facts(pl_module.denoiser)
+        work = f", multiply-adds {facts['multiply-adds']}" if "multiply-adds" in facts else ""
+        rank_zero_info(f"Training a {facts['class']}: trained parameters {facts['trained parameters']}{work}")
 
 
 def write_overview(logger: TensorBoardLogger, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from ditlit.data.classes import Classes, parse_classes
@@ -66,6 +67,13 @@ class SampleGrid(Callback):
             manifest = trainer.datamodule.manifest
             self._decode = load_decoder(manifest.vae, self.vae, trainer.strategy.root_device, manifest.shape[0])
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.every_n_steps is None and not (trainer.enable_validation and trainer.datamodule.val_dataloader()):
+            rank_zero_info(
+                "SampleGrid draws at every validation, and there is none: it will draw nothing. Hold samples out with "
+                "--data.val_size, or set its every_n_steps"
+            )
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -106,6 +114,11 @@ class SampleGrid(Callback):
         images = to_uint8(decoded).cpu()
         for index, label, image in zip(outputs["index"][valid], outputs["labels"][valid], images, strict=True):
             save_png(image, self._folder / "predictions" / f"{index:06d}-class-{label}.png")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            drawn = trainer.datamodule.predict_samples
+            print(f"{drawn} PNG files, one a sample, are in {self._folder / 'predictions'}")
 
 
 def draw_images(
