@@ -9,6 +9,7 @@ from importlib import import_module
 
 from ditlit import __version__
 from ditlit.errors import InputError
+from ditlit.quiet import quieten
 
 USAGE = f"""ditlit {__version__}: train, sample and understand Diffusion Transformers
 
@@ -52,10 +53,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a name that the console cannot show is no reason to lose what was done
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    quieten()
     command = next((name for name in (" ".join(sys.argv[1:3]), sys.argv[1]) if name in FUNCTIONS), None)
     try:
         if command is not None:
-            settings = command_parser(command).parse_args(joined(sys.argv[1 + len(command.split()) :]))
+            from ditlit.parser import parsed
+
+            settings = parsed(command_parser(command), joined(sys.argv[1 + len(command.split()) :]))
             settings.pop("config")
             command_function(command)(**settings.as_dict())
         elif sys.argv[1] == "benchmark":
@@ -130,10 +134,10 @@ def command_function(command: str) -> Callable[..., None]:
 
 def command_parser(command: str):
     """The parser of a command that is a function: its keywords, explained by its docstring."""
-    from jsonargparse import ArgumentParser
+    from ditlit.parser import Parser
 
     function = command_function(command)
-    parser = ArgumentParser(prog=f"ditlit {command}", description=function.__doc__.split("\n\n    Args:")[0])
+    parser = Parser(prog=f"ditlit {command}", description=function.__doc__.split("\n\n    Args:")[0])
     parser.add_argument("--config", action="config", help="YAML file of these settings")
     parser.add_function_arguments(function, as_group=False)
     return parser

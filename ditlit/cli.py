@@ -3,15 +3,16 @@
 import os
 import re
 import sys
+import traceback
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -21,11 +22,14 @@ from ditlit.data import LatentDataModule
 from ditlit.data.folders import check_writable, is_remote, open_folder
 from ditlit.data.workers import own_words
 from ditlit.errors import InputError
-from ditlit.training import CheckpointFiles, DiTModule, Heartbeat, Interrupted, StopOnSignal
+from ditlit.models import DiT
+from ditlit.parser import Parser, Setting, parsed
+from ditlit.training import CheckpointFiles, DiTModule, Heartbeat, Interrupted, SampleGrid, StopOnSignal
 from ditlit.training.checkpoint_files import newest_complete, set_aside
 from ditlit.training.curves import RunLogger
 from ditlit.training.devices import launched, prepare_ddp
 from ditlit.training.nonfinite import Diverged
+from ditlit.training.overview import ModelLine
 from ditlit.training.run_folder import CONFIG, checkpoint_folders, find_checkpoint, run_folder, trace_of_a_run
 from ditlit.training.saving import with_checkpoints
 
@@ -41,8 +45,28 @@ DESCRIPTIONS = {
         --data.predict_samples 1000""",
 }
 
+# Settings of Lightning's Trainer that ``--help`` shows; ``--help trainer`` shows them all.
+TRAINER = (
+    "default_root_dir", "max_steps", "max_epochs", "max_time", "accelerator", "devices", "num_nodes", "strategy",
+    "precision", "accumulate_grad_batches", "gradient_clip_val", "val_check_interval", "check_val_every_n_epoch",
+    "log_every_n_steps", "callbacks", "logger", "enable_progress_bar",
+)  # fmt: skip
+LIGHTNING = ("seed_everything", "ckpt_path")
+LEFT_OUT = ("data", "print_config", "weights_only")
+MORE = """
+--config FILE is needed, one of yours or a shipped one; several are read in turn, and settings on the command
+line change what they say. Shipped: {shipped}.
+
+  --help WORD                  settings with this word in their name: --help trainer, --help guidance
+  --help all                   all settings
+  --trainer.callbacks.help CLASS, --model.denoiser.help CLASS, ...
+                               settings of a class, such as ditlit.training.SampleGrid
+  --print_config               the configuration as it would be run
+"""
+
 # In a checkout the configurations lie beside the package, in a wheel inside it.
 CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+CONFIG_OPTIONS = ("--config", "-c")
 
 
 def find_config(name: str) -> str:
@@ -56,15 +80,23 @@ def find_config(name: str) -> str:
     for folder in CONFIG_FOLDERS:
         if (folder / name).is_file():
             return str(folder / name)
-    shipped = sorted({str(p.relative_to(f)) for f in CONFIG_FOLDERS for p in f.rglob("*.yaml")})
-    raise InputError(f"there is no configuration {name!r}, neither here nor shipped; shipped: {', '.join(shipped)}")
+    raise InputError(f"there is no configuration {name!r}, neither here nor shipped; shipped: {shipped_configs()}")
+
+
+def shipped_configs(pattern: str = "**/*.yaml") -> str:
+    return ", ".join(sorted({str(p.relative_to(f)) for f in CONFIG_FOLDERS for p in f.glob(pattern)}))
+
+
+def help_texts(description: str) -> dict[str, str]:
+    """The settings of a parser for what its help says before and after the settings."""
+    return {"description": " ".join(description.split()), "epilog": MORE.format(shipped=shipped_configs("*.yaml"))}
 
 
 def with_found_configs(args: list[str]) -> list[str]:
     """Command-line arguments with the files after ``--config`` and ``-c`` found."""
     args = list(args)
     for i, arg in enumerate(args):
-        if arg in ("--config", "-c") and i + 1 < len(args):
+        if arg in CONFIG_OPTIONS and i + 1 < len(args):
             args[i + 1] = find_config(args[i + 1])
         elif arg.startswith("--config="):
             args[i] = "--config=" + find_config(arg.removeprefix("--config="))
@@ -80,6 +112,12 @@ def mistake_in(error: ValueError) -> InputError:
     return InputError(text)
 
 
+def words_and_place(error: Exception) -> str:
+    """An error's type and words, and where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+
+
 def format_warning(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
     """Warnings of this package as one line, those of others as ever."""
     if Path(__file__).parent in Path(filename).parents:
@@ -88,6 +126,24 @@ def format_warning(message: Warning | str, category: type, filename: str, lineno
 
 
 others_format = warnings.formatwarning
+
+
+class RunParser(Parser, LightningArgumentParser):
+    """The parser of a command that takes model, data and trainer."""
+
+    classes: ClassVar = {"model.denoiser": DiT, "data": LatentDataModule}
+
+    def in_brief(self, settings: list[Setting]) -> list[Setting]:
+        """All of ours, then of Lightning's those in common use, in a sentence each."""
+        found = {setting.name: setting for setting in settings}
+        ours = [s for first in ("model.", "data.") for s in settings if s.name.startswith(first)]
+        theirs = [found[f"trainer.{name}"]._replace(group="Trainer") for name in TRAINER]
+        run = [s._replace(group="Run") for s in settings if "." not in s.name and s.name not in LEFT_OUT]
+        return ours + [in_a_sentence(s) for s in theirs] + [in_a_sentence(s) if s.name in LIGHTNING else s for s in run]
+
+
+def in_a_sentence(setting: Setting) -> Setting:
+    return setting._replace(text=re.split(r"\.(?=\s|[A-Z]|$)", setting.text)[0] + ".")
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -139,9 +195,12 @@ class DitlitCLI(LightningCLI):
             load_from_checkpoint_support=False,
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [StopOnSignal(), Heartbeat()]},
-            parser_kwargs={"prog": "ditlit"}
-            | {name: {"description": " ".join(text.split())} for name, text in DESCRIPTIONS.items()},
+            trainer_defaults={
+                "callbacks": [StopOnSignal(), Heartbeat(), ModelLine()],
+                "enable_model_summary": False,  # ModelLine instead
+            },
+            parser_class=RunParser,
+            parser_kwargs={"prog": "ditlit"} | {name: help_texts(text) for name, text in DESCRIPTIONS.items()},
         )
         try:
             super().__init__(DiTModule, LatentDataModule, args=args, **(settings | changes))
@@ -179,7 +238,17 @@ class DitlitCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
-        self.config = parser.parse_args(with_found_configs(sys.argv[1:] if args is None else args))
+        words = with_found_configs(sys.argv[1:] if args is None else args)
+        commands = getattr(self, "_subcommand_parsers", {})
+        try:
+            self.config = parsed(parser, words, next((commands[word] for word in words if word in commands), parser))
+        except InputError as error:
+            if "required" not in str(error) or any(word.split("=")[0] in CONFIG_OPTIONS for word in words):
+                raise
+            raise InputError(
+                f"{error}. A configuration says what to train on what: give one with --config, your own or a shipped "
+                f"one ({shipped_configs('*.yaml')})"
+            ) from error
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as the user wrote it: Lightning would let the checkpoint override it."""
@@ -196,10 +265,12 @@ class DitlitCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except InputError:
+        except (InputError, MisconfigurationException):
             raise
         except ValueError as error:
             raise mistake_in(error) from error
+        except Exception as error:  # of whatever class the user has named
+            raise InputError(f"a class of the settings cannot be made: {words_and_place(error)}") from error
 
     def instantiate_trainer(self, **kwargs):
         settings = self._get(self.config_init, "trainer")
@@ -209,6 +280,10 @@ class DitlitCLI(LightningCLI):
         if settings.enable_checkpointing is not False:
             periods = (self._get(self.config_init, name) for name in ("save_every", "keep_every"))
             kwargs["callbacks"] = with_checkpoints(settings.callbacks, *periods)
+        if settings.enable_progress_bar is False:  # Lightning would refuse the one of the configuration
+            callbacks = kwargs.get("callbacks", settings.callbacks) or []
+            callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+            kwargs["callbacks"] = [each for each in callbacks if not isinstance(each, ProgressBar)]
         trainer = super().instantiate_trainer(**kwargs)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # not in a logger's folder
@@ -227,6 +302,7 @@ class DitlitCLI(LightningCLI):
             )
         if not self.trainer.fast_dev_run and not self._is_remote():
             check_writable(Path(self.trainer.default_root_dir), "--trainer.default_root_dir")
+        self.model.configure_optimizers()  # once for nothing: a mistake is found before anything is written
         if self._get(self.config_init, "ckpt_path") is not None or self.trainer.fast_dev_run:
             return
         if int(os.environ.get("SLURM_RESTART_COUNT", 0)):
@@ -239,6 +315,11 @@ class DitlitCLI(LightningCLI):
                 f"{self.trainer.default_root_dir} holds a run already. Continue it with --ckpt_path last, choose "
                 f"another folder with --trainer.default_root_dir, or delete it (there is {trace}{anew})"
             )
+
+    def before_predict(self) -> None:
+        """Have the samples written, also where the configuration shows none while it trains."""
+        if not any(isinstance(callback, (SampleGrid, BasePredictionWriter)) for callback in self.trainer.callbacks):
+            self.trainer.callbacks.append(SampleGrid())
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

@@ -15,6 +15,7 @@ from ditlit.__main__ import FUNCTIONS, command_parser, joined, let_idle_threads_
 from ditlit.benchmarking.cli import BenchmarkCLI
 from ditlit.cli import DitlitCLI, find_config, with_found_configs
 from ditlit.errors import InputError
+from ditlit.mistakes import unknown_setting
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -136,6 +137,58 @@ def test_the_checkpoint_does_not_override_the_configuration(cli, make_module, ma
     assert built.model.label_dropout == 0.3 and built.model.denoiser.num_classes == 10
 
 
+def help_of(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["ditlit", *words])
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capsys.readouterr()
+    assert not end.value.code and not err
+    return out
+
+
+def test_help_is_what_one_can_read(monkeypatch, capsys):
+    """Ours with their explanations, then the Trainer's in common use, without the classes of other libraries."""
+    text = help_of(monkeypatch, capsys, "fit", "--help")
+    assert len(text.splitlines()) < 180 and max(map(len, text.splitlines())) <= 120
+    for name in (
+        "model.label_dropout", "model.sampling.num_steps", "model.denoiser.num_heads", "model.ema.decay", "data.store",
+        "trainer.max_steps", "trainer.default_root_dir", "matmul_precision", "ckpt_path", "config",
+    ):  # fmt: skip
+        assert f"\n  --{name}" in text
+    assert "probability of replacing a label by the null class, for classifier-free guidance." in text
+    assert "(float, default: 0.1)" in text and "(linear | cosine, default: linear)" in text
+    assert text.index("\n  --model.label_") < text.index("\n  --data.store") < text.index("\n  --trainer.max_steps")
+    for absent in ("barebones", "subclasses", "torch.nn.", "BatchSizeFinder", "usage:", "SUPPRESS", "model.seed"):
+        assert absent not in text
+    assert "--help all" in text and "digits.yaml" in text
+
+
+def test_help_finds_settings_by_a_word_and_shows_all(monkeypatch, capsys):
+    text = help_of(monkeypatch, capsys, "fit", "--config", "digits.yaml", "--help", "guidance")
+    assert re.findall(r"^  --(\S+)", text, re.M) == [
+        f"model.sampling.guidance_{part}" for part in ("scale", "channels", "interval")
+    ]  # fmt: skip
+    assert "trainer.barebones" in help_of(monkeypatch, capsys, "fit", "--help", "trainer")
+    text = help_of(monkeypatch, capsys, "fit", "--help", "all")
+    assert "trainer.barebones" in text and "model.label_dropout" in text and len(text.splitlines()) < 400
+    assert "no setting has 'xyzzy' in its name" in said_by(monkeypatch, capsys, "fit", "--help", "xyzzy")
+
+
+def test_help_shows_the_settings_of_a_class(monkeypatch, capsys):
+    text = help_of(monkeypatch, capsys, "fit", "--trainer.callbacks.help", "ditlit.training.SampleGrid")
+    assert "every_n_steps" in text and "draw every so many optimizer steps" in text
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_help_of_commands(monkeypatch, capsys, command):
+    text = help_of(monkeypatch, capsys, *command.split(), "--help")
+    description = " ".join(command_parser(command).description.split())
+    assert " ".join(text.split()).startswith(description) and "usage:" not in text
+    settings = [action for action in command_parser(command)._actions if action.help and action.dest != "help"]
+    assert all(f"--{action.dest}" in text for action in settings if "print" not in action.dest)
+
+
 def test_print_config(tmp_path):
     result = ditlit("fit", "--config", "xl2.yaml", "--print_config", cwd=tmp_path)
     assert result.returncode == 0
@@ -171,6 +224,116 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
 def test_settings_out_of_range_are_refused_before_anything_runs(cli, words, said):
     with pytest.raises(InputError, match=said):
         cli("fit", "--config", "digits.yaml", *words)
+
+
+def said_by(monkeypatch, capsys, *words):
+    """What a command that is refused says: one line, on standard error alone."""
+    monkeypatch.setattr(sys, "argv", ["ditlit", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == ""
+    assert err.startswith("\nditlit: error: ") and err.count("\n") == 2, err
+    return err.removeprefix("\nditlit: error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("fit --model.smapling.num_steps 5", "--model.smapling.num_steps; did you mean --model.sampling.num_steps?"),
+        ("fit --model.sampling.num_step 5", "--model.sampling.num_step; did you mean --model.sampling.num_steps?"),
+        ("fit --num_steps=5", "--num_steps; did you mean --model.sampling.num_steps?"),
+        ("fit --trainer.max_step 5", "--trainer.max_step; did you mean --trainer.max_steps?"),
+        ("fit --model.denoiser.num_head 5", "--model.denoiser.num_head; did you mean --model.denoiser.num_heads?"),
+        ("fit --data.glob_batch_size 5", "--data.glob_batch_size; did you mean --data.global_batch_size?"),
+        ("fit --model.optimizer.lrr 1", "--model.optimizer.lrr; did you mean --model.optimizer.lr?"),
+        (
+            "fit --trainer.callbacks+=SampleGrid --trainer.callbacks.per_clas 1",
+            "--trainer.callbacks.per_clas; did you mean --trainer.callbacks.per_class?",
+        ),
+        ("fit --xyzzy 5", "--xyzzy"),
+        ("benchmark --repeat 5", "--repeat; did you mean --repeats?"),
+        ("sample --ckpt a --out b --num_stes 5", "--num_stes; did you mean --num_steps?"),
+        ("sample --ckpt a --out b --guidance 5", "--guidance; did you mean --guidance_scale?"),
+        ("encode --image a --out b", "--image; did you mean --images?"),
+        ("evaluate --refrence a", "--refrence; did you mean --reference?"),
+        ("evaluate sweep --ckpts a", "--ckpts; did you mean --ckpt?"),
+        ("convert --source a --outt b", "--outt; did you mean --out?"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_named_with_the_nearest(monkeypatch, capsys, words, said):
+    words = words.split()
+    if words[0] in ("fit", "benchmark"):
+        words[1:1] = ["--config", "digits.yaml"]
+    assert said_by(monkeypatch, capsys, *words) == f"there is no setting {said}"
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--model.optimizer AdmW", "AdmW; did you mean AdamW?"),
+        ("--model.optimizer torch.optim.Adamm", "torch.optim.Adamm; did you mean torch.optim.Adam?"),
+        ("--trainer.callbacks+=SampleGird", "SampleGird; did you mean SampleGrid?"),
+        ("--trainer.callbacks+=ditlit.trainin.SampleGrid", "ditlit.trainin.SampleGrid; did you mean SampleGrid?"),
+        (
+            "--data.class_path ditlit.data.DigitsModule",
+            "ditlit.data.DigitsModule; did you mean ditlit.data.Digits",
+        ),
+    ],
+)
+def test_a_class_that_does_not_exist_is_named_with_the_nearest(monkeypatch, capsys, words, said):
+    words = ["fit", "--config", "digits.yaml", *words.split()]
+    assert said_by(monkeypatch, capsys, *words).startswith(f"there is no class {said}")
+
+
+@pytest.mark.parametrize(
+    "command, text, said",
+    [
+        (
+            "fit",
+            "model: {smapling: {num_steps: 5}}",
+            "model.smapling.num_steps in x.yaml; did you mean model.",
+        ),
+        ("fit", "trainr: {max_steps: 5}", "trainr.max_steps in x.yaml; did you mean trainer.max_steps?"),
+        (
+            "fit",
+            "data: {class_path: ditlit.data.LatentDataModule, init_args: {store: a, val_sise: 5}}",
+            "data.init_args.val_sise in x.yaml; did you mean data.init_args.val_size?",
+        ),
+        (
+            "fit",
+            "trainer: {callbacks: [{class_path: ditlit.training.SampleGrid, init_args: {every_steps: 5}}]}",
+            "trainer.callbacks.init_args.every_steps in x.yaml; did you mean trainer.callbacks.init_args.every_n_",
+        ),
+        ("sample", "num_stes: 5", "num_stes in x.yaml; did you mean num_steps?"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_named_with_its_file(monkeypatch, capsys, command, text, said):
+    Path("x.yaml").write_text(text)
+    words = ["--config", "digits.yaml"] if command == "fit" else ["--ckpt", "a", "--out", "b"]
+    assert said_by(monkeypatch, capsys, command, *words, "--config", "x.yaml").startswith(f"there is no setting {said}")
+
+
+def test_fit_without_a_configuration_says_what_one_is_and_which_are_shipped(monkeypatch, capsys):
+    text = said_by(monkeypatch, capsys, "fit")
+    assert "give one with --config" in text and "digits.yaml" in text and "xl2.yaml" in text
+
+
+def test_an_optimizer_that_cannot_take_these_parameters_is_one_line(monkeypatch, capsys):
+    """Muon is for matrices only."""
+    short = ["--trainer.max_steps", "1", "--trainer.default_root_dir", "run", "--trainer.enable_progress_bar", "false"]
+    if hasattr(torch.optim, "Muon"):  # since torch 2.9
+        text = said_by(monkeypatch, capsys, "fit", "--config", "digits.yaml", "--model.optimizer", "Muon", *short)
+        assert text.startswith("model.optimizer does not take the denoiser's parameters: Muon ")
+    text = said_by(monkeypatch, capsys, "fit", "--config", "digits.yaml", "--model.optimizer", "AdamW",
+                   "--model.optimizer.betas", "[2, 0.9]", *short)  # fmt: skip
+    assert "betas" in text or "beta parameter" in text
+
+
+def test_no_setting_of_the_shipped_configurations_is_taken_for_a_mistake(cli):
+    parser = cli("fit", "--config", "digits.yaml")._subcommand_parsers["fit"]
+    for config in CONFIGS:
+        assert unknown_setting(parser, ["--config", str(config)]) is None
 
 
 def test_a_command_that_does_not_exist_is_named_with_the_nearest(monkeypatch, capsys):
@@ -214,6 +377,20 @@ def test_overfitting_by_lightning_is_refused(tmp_path):
     assert result.returncode == 2 and "train on a small store instead" in result.stderr
 
 
+# All that a run says on standard error, beside its progress bars.
+SAID = re.compile(
+    r"Seed set to 0|GPU available: (True \(.*\)|False), used: (True|False)|"
+    r"Training a DiT: trained parameters [\d,]+, multiply-adds [\d.]+ G a sample and forward pass|"
+    r"`Trainer.fit` stopped: `max_steps=4` reached\.|"
+    r"(Restoring states|Loaded model weights) from the checkpoint (path )?at runs/digits/checkpoints/last\.ckpt"
+)
+
+
+def said(err):
+    lines = re.split(r"[\r\n]+|\x1b\[A", err)
+    return [line.strip() for line in lines if line.strip() and not re.search(r"\d+/(\d+|\?) \[", line)]
+
+
 def test_fit_then_validate_and_predict(tmp_path):
     """The quickstart's path, shortened: the commands hand over to each other through the run's folder."""
     config = yaml.safe_load((ROOT / "configs" / "digits.yaml").read_text())
@@ -224,15 +401,19 @@ def test_fit_then_validate_and_predict(tmp_path):
     fit = ditlit("fit", "--config", "short.yaml", cwd=tmp_path)
     assert fit.returncode == 0, fit.stderr
     assert "drawn digits are read as their label" in fit.stdout
+    assert [line for line in said(fit.stderr) if not SAID.fullmatch(line)] == []
     run = tmp_path / "runs" / "digits"
     assert f"Look at them: {Path('runs/digits/samples/step-00000004.png')}" in fit.stdout
     assert (run / "samples" / "step-00000004.png").is_file()
     again = ["--config", "runs/digits/config.yaml", "--ckpt_path", "runs/digits/checkpoints/last.ckpt"]
     validate = ditlit("validate", *again, cwd=tmp_path)
     assert validate.returncode == 0 and "val/loss" in validate.stdout, validate.stderr
+    assert [line for line in said(validate.stderr) if not SAID.fullmatch(line)] == []
     predict = ditlit("predict", *again, "--data.predict_samples", "12", cwd=tmp_path)
     assert predict.returncode == 0, predict.stderr
     assert len(list((run / "predictions").iterdir())) == 12
+    assert "12 PNG files, one a sample, are in runs/digits/predictions" in predict.stdout
+    assert [line for line in said(predict.stderr) if not SAID.fullmatch(line)] == []
     kept = yaml.safe_load((run / "config.yaml").read_text())
     assert "ckpt_path" not in kept and kept["trainer"]["max_steps"] == 4
     assert kept["data"]["init_args"]["predict_samples"] == 100  # of the training, not of the prediction

@@ -16,6 +16,9 @@ PACKAGE = Path(ditlit.__file__).parent
 MAY_IMPORT = {
     "errors": set(),
     "hub": set(),
+    "quiet": set(),
+    "mistakes": set(),
+    "parser": {"errors", "mistakes"},
     "models": {"errors"},
     "diffusion": {"errors"},
     "pictures": {"errors"},

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from ditlit.benchmarking.benchmark import Benchmark, Settings
 from ditlit.benchmarking.table import as_text
 from ditlit.benchmarking.training import Subject
-from ditlit.cli import DitlitCLI
+from ditlit.cli import DitlitCLI, help_texts
 from ditlit.data.folders import SHOWN, check_output, write_atomically, writing
 
 DESCRIPTION = """Measure what a configuration costs, before training it. Example: ditlit benchmark --config xl2.yaml
@@ -25,7 +25,7 @@ class BenchmarkCLI(DitlitCLI):
     """Reads a configuration of ``fit`` and measures its steps."""
 
     def __init__(self, args: list[str]):
-        parser = {"prog": "ditlit benchmark", "description": " ".join(DESCRIPTION.split())}
+        parser = {"prog": "ditlit benchmark"} | help_texts(DESCRIPTION)
         super().__init__(args, run=False, save_config_callback=None, parser_kwargs=parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
