@@ -5,6 +5,7 @@ from itertools import islice, pairwise
 import pytest
 import torch
 
+from ditlit.data import LatentDataModule
 from ditlit.data.sampler import EvalOrder, ShuffleWindows, TrainOrder
 from ditlit.errors import InputError
 
@@ -48,6 +49,25 @@ def test_continues_after_any_step(step):
     whole = batches(order(flip=True), 12)
     rest = batches(order(flip=True, step=step), 12 - step)
     assert all(torch.equal(a, b) for x, y in zip(whole[step:], rest, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_loaders_serve_a_loop_without_a_trainer(store, make_module, make_trainer):
+    """Epochs are those of a run with the same seed, and end; validation visits every held-out sample once."""
+    data = LatentDataModule(store, val_size=8, global_batch_size=8, seed=3)
+    data.prepare_data()
+    data.setup()
+    loader = data.train_dataloader()
+    epochs = [[batch["labels"] for batch in loader] for _ in range(2)]
+    assert [len(epoch) for epoch in epochs] == [len(loader)] * 2 == [4, 4]
+    assert torch.cat(epochs[0]).tolist() != torch.cat(epochs[1]).tolist()
+    assert torch.cat([batch["index"] for batch in data.val_dataloader()]).tolist() == list(range(8))
+    assert sum(int(batch["valid"].sum()) for batch in data.predict_dataloader()) == data.predict_samples
+
+    seen, module = [], make_module()
+    step = module.training_step
+    module.training_step = lambda batch, batch_idx: seen.append(batch["labels"]) or step(batch, batch_idx)
+    make_trainer(max_steps=8).fit(module, LatentDataModule(store, val_size=8, global_batch_size=8, seed=3))
+    assert torch.equal(torch.cat(seen), torch.cat(epochs[0] + epochs[1]))
 
 
 def test_half_are_flipped():

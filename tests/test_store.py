@@ -56,6 +56,31 @@ def test_flips_of_a_store_without_mirrored_encodings(folder):
     assert torch.equal(batch["latents"], torch.stack([latents[3], latents[9].flip(-1)]))
 
 
+def test_items_are_samples_by_number_slice_and_numbers(folder):
+    latents, labels = arrays()
+    store = LatentStore(folder)
+    assert len(store) == N
+    one = store[3]
+    assert torch.equal(one["latents"], latents[3]) and one["labels"] == labels[3]
+    for index in (-1, slice(2, 20, 5), slice(5, 5), [4, -2, 4], torch.tensor([0, 22]), []):
+        batch = store[index]
+        assert torch.equal(batch["latents"], latents[index]), index
+        assert torch.equal(batch["labels"], labels[index]), index
+    assert sum(1 for _ in store) == N
+    for index in (N, -N - 1, [0, N]):
+        with pytest.raises(IndexError, match=r"has the samples 0\.\.22"):
+            store[index]
+    for index in (0.5, [True, False], torch.zeros(2, 2)):
+        with pytest.raises(TypeError, match="a number, a slice or a sequence"):
+            store[index]
+
+
+def test_a_store_says_what_it_is(folder, tmp_path):
+    assert repr(LatentStore(folder)) == f"LatentStore('{folder}': 23 latents 2 x 4 x 6 of x, 5 classes)"
+    store = write_store(tmp_path / "s", *arrays(kind="moments"), K, kind="moments", vae={"source": "some/vae"})
+    assert repr(store).endswith("23 moments 2 x 4 x 6 of some/vae, 5 classes)")
+
+
 def test_gathered_batches_can_be_changed_without_touching_the_store(folder):
     store = LatentStore(folder)
     before = store.gather(torch.arange(N))["latents"].clone()

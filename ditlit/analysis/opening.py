@@ -12,7 +12,7 @@ from torch import Tensor
 from ditlit import checkpoints
 from ditlit.checkpoints import Loaded, Reading
 from ditlit.data.manifest import MANIFEST
-from ditlit.data.store import LatentStore, per_channel
+from ditlit.data.store import LatentStore, mean_latents, per_channel
 from ditlit.data.vae import Autoencoder, load_autoencoder
 from ditlit.diffusion import Sampling
 from ditlit.errors import InputError, counted
@@ -49,9 +49,7 @@ class Opened:
 
     def raw_latents(self, rows: Tensor) -> Tensor:
         """Latents (N, C, H, W) of the samples at ``rows`` (N,) as the VAE gives them; the mean of a posterior."""
-        values = self.store.gather(rows)[self.store.kind].float()
-        values = values.chunk(2, dim=1)[0] if self.store.kind == "moments" else values
-        return values.to(self.device)
+        return mean_latents(self.store.gather(rows)).to(self.device)
 
     def samples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """x0 (N, C, H, W) of the samples at ``rows`` (N,) as the denoiser sees them, and their labels (N,)."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ditlit.data.cache import DEFAULT_FOLDER, ShardCache
@@ -16,8 +17,8 @@ from ditlit.data.datasets import EvalDataset, LabelDataset, TrainDataset
 from ditlit.data.folders import is_remote
 from ditlit.data.manifest import Manifest
 from ditlit.data.mixture import Mixture, make_mixture
-from ditlit.data.sampler import EvalOrder, ShuffleWindows, TrainOrder
-from ditlit.data.store import LatentStore
+from ditlit.data.sampler import EpochByEpoch, EvalOrder, ShuffleWindows, TrainOrder
+from ditlit.data.store import LatentStore, mean_latents
 from ditlit.data.workers import Loader
 from ditlit.errors import InputError, check_positive, counted
 
@@ -55,6 +56,8 @@ def check_validation(trainer: Trainer, batches: int, has_samples: bool) -> None:
 
 class LatentDataModule(LightningDataModule):
     """Streams latents and labels from latent stores on disk or at URLs.
+
+    The loaders also serve a loop of one's own: call ``prepare_data``, ``setup``, then the loader.
 
     Training batches are dicts of raw ``moments`` (N, 2C, H, W) or ``latents`` (N, C, H, W) and ``labels`` (N,);
     validation batches also carry ``index`` (N,), the samples' numbers, and ``valid`` (N,), false for padding.
@@ -182,7 +185,24 @@ class LatentDataModule(LightningDataModule):
         """What the training stores say of the latents and the chosen classes; known after ``setup``."""
         return self._train.store.manifest
 
+    def examples(self, label: int, n: int) -> Tensor | None:
+        """The first n training samples of a class, or as many as there are, as the VAE gives them (n, C, H, W).
+
+        None where there are none, or a store is remote: every class would have shards fetched.
+        """
+        store = self._train.store
+        rows = (self._train.pick(store.labels) == label).nonzero().flatten()[:n]
+        if len(rows) == 0 or any(part.cache is not None for part in store.stores):
+            return None
+        return mean_latents(store.gather(self._train.rows(rows)))
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """Number of processes and which of them this is; without a trainer there is one."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
     def train_dataloader(self) -> DataLoader:
+        """Batches without end from the trainer's step on; without a trainer, another epoch each time it is iterated."""
         trainer = self.trainer
         windows = None
         if self.shuffle_window is not None:
@@ -191,15 +211,16 @@ class LatentDataModule(LightningDataModule):
         order = TrainOrder(
             len(self._train),
             self.global_batch_size,
-            trainer.world_size,
-            trainer.global_rank,
-            trainer.accumulate_grad_batches,
+            *self._ranks,
+            1 if trainer is None else trainer.accumulate_grad_batches,
             self.seed,
             self.flip,
-            next_step=lambda: trainer.global_step,
+            next_step=lambda: 0 if trainer is None else trainer.global_step,
             mixture=self._mixture,
             windows=windows,
         )
+        if trainer is None:
+            return self._loader(self._train, EpochByEpoch(order))
         now = self._order_state()
         for name in (now | self._resumed) if self._resumed else ():
             if self._resumed.get(name) != now.get(name):
@@ -261,9 +282,9 @@ class LatentDataModule(LightningDataModule):
             )
 
     def _eval_order(self, num_samples: int) -> EvalOrder:
-        return EvalOrder(num_samples, self.val_batch_size, self.trainer.world_size, self.trainer.global_rank)
+        return EvalOrder(num_samples, self.val_batch_size, *self._ranks)
 
-    def _loader(self, dataset: Dataset, order: TrainOrder | EvalOrder) -> DataLoader:
+    def _loader(self, dataset: Dataset, order: TrainOrder | EvalOrder | EpochByEpoch) -> DataLoader:
         numbers = math.prod(self.manifest.shape) * (2 if self.manifest.kind == "moments" else 1)
         return Loader(
             dataset,

@@ -1,10 +1,11 @@
 """In which order samples are read: a function of the seed and the step, on any number of ranks."""
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, Sampler
 
 from ditlit.data.mixture import Mixture
 from ditlit.errors import InputError, check_positive, counted
@@ -123,7 +124,11 @@ class TrainOrder(DistributedSampler):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches from the next step on, without end: the trainer decides where an epoch stops."""
-        epoch, step = divmod(self.next_step(), self.steps_per_epoch)
+        yield from self.batches(self.next_step())
+
+    def batches(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches from a step on, without end."""
+        epoch, step = divmod(first_step, self.steps_per_epoch)
         while True:
             index, flip = self.permutation(epoch)
             if self.windows is not None:
@@ -155,6 +160,22 @@ class TrainOrder(DistributedSampler):
 
     def set_epoch(self, epoch: int) -> None:
         """Nothing to do: the epoch follows from the step."""
+
+
+class EpochByEpoch(Sampler):
+    """One epoch of a training order after another, each time it is iterated: what a loop without a trainer expects."""
+
+    def __init__(self, order: TrainOrder):
+        self.order = order
+        self.batch_size = order.batch_size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.epoch += 1
+        return islice(self.order.batches((self.epoch - 1) * self.order.steps_per_epoch), len(self))
 
 
 class EvalOrder(DistributedSampler):

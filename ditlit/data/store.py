@@ -177,6 +177,26 @@ class LatentStore:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> dict[str, Tensor]:
+        """One sample, or a batch of those that a slice or numbers name, as :meth:`gather` gives them; of one sample
+        without the first dimension: ``moments`` (2C, H, W) or ``latents`` (C, H, W), and ``labels`` ()."""
+        n = len(self)
+        if isinstance(index, slice):
+            index = torch.arange(*index.indices(n))
+        rows = torch.as_tensor(index)
+        if (rows.numel() and (rows.is_floating_point() or rows.dtype == torch.bool)) or rows.ndim > 1:
+            raise TypeError(f"samples are named by a number, a slice or a sequence of numbers, not {index!r}")
+        if ((rows < -n) | (rows >= n)).any():
+            raise IndexError(f"{self.location} has the samples 0..{n - 1}, not {index}")
+        batch = self.gather(rows.long().reshape(-1) % n if rows.numel() else torch.zeros(1, dtype=torch.long))
+        return {name: values[0] if rows.ndim == 0 else values[: len(rows)] for name, values in batch.items()}
+
+    def __repr__(self) -> str:
+        about = self.manifest
+        shape = " x ".join(map(str, about.shape))
+        vae = "pixels" if about.vae is None else f"of {about.vae.get('source', 'a VAE')}"
+        return f"LatentStore({self.location!r}: {len(self):,} {self.kind} {shape} {vae}, {about.num_classes:,} classes)"
+
     def __reduce__(self) -> tuple:
         """Another process opens the store itself, instead of getting a copy of all its arrays."""
         return LatentStore, (self.location, self.cache)
@@ -259,6 +279,11 @@ class LatentStore:
         with self.cache.open(self.folder, shard) as path:
             arrays = map_shard(path, shard, self.manifest)
             return (arrays.flipped if flipped else arrays.latents)[offsets], arrays.dtype
+
+
+def mean_latents(batch: dict[str, Tensor]) -> Tensor:
+    """Raw latents (B, C, H, W) of a batch in float32; the mean where it holds a posterior's moments."""
+    return batch["latents"].float() if "latents" in batch else batch["moments"].float().chunk(2, dim=1)[0]
 
 
 def per_channel(values: Sequence[float], channels: int) -> Tensor:
