@@ -18,6 +18,7 @@ from ditlit.mistakes import class_of, unknown_setting
 NAMES = 32  # columns for the names of settings
 WIDEST = 120
 HELP = ("--help", "-h")
+TYPE = r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])"  # in jsonargparse's messages
 
 
 class Setting(NamedTuple):
@@ -166,6 +167,15 @@ def parsed(parser: Parser, words: Sequence[str], of: Parser | None = None) -> Na
 
 
 def one_line(message: str) -> str:
-    """What jsonargparse says of a mistake, without line breaks."""
-    message = re.sub(r'Parser key "([^"]+)":\s*', r"\1: ", message)
-    return " ".join(message.split())
+    """What jsonargparse says of a mistake, in a line: the setting, what it takes, and what it was given."""
+    text = " ".join(message.split())
+    if (key := re.match(r'Parser key "([^"]+)": ', text)) is None:
+        return text
+    name, text = key[1], text[key.end() :]
+    while inside := re.search(r"""Problem with given class_path '[^']*': Parser key "([^"]+)": (.*)""", text):
+        name, text = f"{name}.{inside[1]}", inside[2].split(" - Expected a <class 'NoneType'>")[0]
+    types = [word.strip("' ") for found in re.findall(TYPE, text) for word in "".join(found).split(",")]
+    value = re.search(r"(?:Got|Given) value: (.*)$", text)
+    if value is None or not types:
+        return f"--{name}: {text}"
+    return f"--{name} takes {' or '.join(dict.fromkeys(t for t in types if t != 'NoneType'))}, got {value[1]!r}"

@@ -24,6 +24,8 @@ WARNED = (
         r"increasing the value of the `num_workers` argument` to `num_workers=\d+` in the `DataLoader` to improve "
         r"performance.",
     ),
+    # Without samples to validate on.
+    (UserWarning, r"Total length of `list` across ranks is zero. Please make sure this was your intention."),
     # Curves are entered by steps, over the bounds of epochs.
     (
         UserWarning,

@@ -314,6 +314,25 @@ def test_a_setting_that_does_not_exist_is_named_with_its_file(monkeypatch, capsy
     assert said_by(monkeypatch, capsys, command, *words, "--config", "x.yaml").startswith(f"there is no setting {said}")
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("sample --ckpt a --out b --num_steps x", "--num_steps takes int, got 'x'"),
+        ("sample --ckpt a --out b --weights avg", "--weights takes ema or raw, got 'avg'"),
+        ("sample --ckpt a --out b --guidance_channels x", "--guidance_channels takes int, got 'x'"),
+        ("fit --trainer.max_steps x", "--trainer.max_steps takes int, got 'x'"),
+        ("fit --model.denoiser.positions x", "--model.denoiser.positions takes sincos or learned, got 'x'"),
+        ("fit --model.ema.decay x", "--model.ema.decay takes float, got 'x'"),
+        ("fit --data.seed x", "--data.seed takes int, got 'x'"),
+        ("benchmark --compare x", "--compare takes diffusers, got 'x'"),
+    ],
+)
+def test_a_value_that_a_setting_does_not_take_is_answered_with_what_it_takes(monkeypatch, capsys, words, said):
+    command, *settings = words.split()
+    given = ["--config", "digits.yaml"] if command in ("fit", "benchmark") else []
+    assert said_by(monkeypatch, capsys, command, *given, *settings) == said
+
+
 def test_fit_without_a_configuration_says_what_one_is_and_which_are_shipped(monkeypatch, capsys):
     text = said_by(monkeypatch, capsys, "fit")
     assert "give one with --config" in text and "digits.yaml" in text and "xl2.yaml" in text
