@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "precision": set(),
     "data": {"errors", "pictures", "precision", "hub"},
     "checkpoints": {"errors", "models", "diffusion", "hub"},
-    "generation": {"errors", "models", "diffusion", "data", "pictures", "precision"},
+    "generation": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "precision"},
     "evaluation": {"errors", "data", "pictures", "precision"},
     "training": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "precision", "evaluation"},
     "analysis": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "generation", "evaluation"},

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from weights import PIXELS, contents_of, scrambled
 
+import ditlit
 from ditlit import checkpoints
 from ditlit.checkpoints.safetensors_files import write_safetensors
 from ditlit.commands.evaluate_loss import evaluate_loss
@@ -32,6 +33,7 @@ from ditlit.generation.drawing import Drawer, enough_memory
 from ditlit.generation.onednn import FusedMLP, fuse, supported
 from ditlit.generation.sheets import slerp
 from ditlit.models import DiT
+from ditlit.models.embeddings import TimestepEmbedding
 from ditlit.pictures import HEADER, PADDING, read_png, to_uint8
 from ditlit.training import EMA, DiTModule
 
@@ -93,6 +95,39 @@ def test_what_is_drawn_is_what_the_sampler_gives(checkpoint, tmp_path):
     job = json.loads((tmp_path / "sample.json").read_text())
     assert job["checkpoint"] == weights_hash(checkpoints.load(checkpoint).denoiser) and job["weights"] == "ema"
     assert Image.open(tmp_path / "grid.png").size == (3 * 66 + 2, 2 * 66 + 2)  # a row for each class, enlarged
+
+
+def test_python_draws_what_the_command_draws(checkpoint, tmp_path, capsys):
+    """By names, numbers or labels; what is loaded stays as it was, whatever is drawn."""
+    draw(checkpoint, tmp_path, classes="3,1", sampler="ddim", guidance_scale=2.0, seed=7)
+    step, how = "moving average of the weights of step 1", "ddim, 4 steps, guidance 2; precision 32, cpu"
+    assert f"Drawing with the {step}: {how}\n" in capsys.readouterr().out
+    model = ditlit.load(checkpoint, device="cpu")
+    before = weights_hash(model.denoiser)
+    sampling = ditlit.Sampling(num_steps=4, guidance_scale=2.0)
+    for classes in (["ray"] * 3 + ["goldfish"] * 3, [3, 3, 3, "1", 1, 1], torch.tensor([3, 3, 3, 1, 1, 1])):
+        drawn = model.sample(classes, sampling, seed=7, batch_size=4)
+        assert torch.equal(drawn, pixels(tmp_path))
+    assert model.sample_latents(torch.tensor([3]), sampling).shape == (1, 3, 8, 8)
+    assert weights_hash(model.denoiser) == before and type(model.denoiser.time_embed) is TimestepEmbedding
+    sizes = "depth 2, hidden_size 16, num_heads 2, patch_size 4"
+    assert repr(model) == f"Model({sizes}, 5 classes, ema weights of step 1)" and model.class_names == NAMES
+    for classes, said in (("rey", "names like it are ray"), (torch.tensor([5]), "labels lie in 0..4")):
+        with pytest.raises(InputError, match=said):
+            model.sample(classes, sampling)
+    with pytest.raises(InputError, match="there is no"):
+        ditlit.load(tmp_path / "nothing.ckpt")
+
+
+def test_importing_ditlit_imports_no_torch_and_offers_what_programs_use():
+    code = (
+        "import sys, ditlit\n"
+        "assert 'torch' not in sys.modules and {'load', 'DiT', '__version__'} <= set(dir(ditlit))\n"
+        "assert all(getattr(ditlit, name) for name in ditlit.__all__)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = ditlit.lod
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "unipc"])

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from ditlit import __version__, checkpoints
-from ditlit.checkpoints import Reading
+from ditlit.checkpoints import Loaded, Reading
 from ditlit.commands.processes import Progress, launch, share
 from ditlit.data.classes import Classes, parse_classes
 from ditlit.data.folders import check_writable
@@ -68,6 +68,8 @@ def sample(
 
     Architecture, classes, scaling of the latents and VAE come from the checkpoint. An image depends on the seed, its
     number, its class and these settings only, not on devices or restarts; a job that was killed makes what is missing.
+
+    The default is the paper's 250 steps of DDPM; pictures while training, and from Python, take 50 of DDIM.
 
     Args:
         ckpt: a checkpoint of ours, the folder of a run (its last checkpoint), the released DiT weights (.pt), a
@@ -175,6 +177,8 @@ def sample(
         decode_batch_size,
         compile,
     )
+    if fabric.global_rank == 0:
+        print(in_words(loaded, sampling, precision, fabric.device))
     if sheet is not None:
         if fabric.global_rank == 0:
             path = Path(out) / f"sheet-{sheet}.png"
@@ -190,6 +194,18 @@ def sample(
     if fabric.global_rank == 0:
         folder.finish(per_class if num_samples is None else 8, "npz" in products)
         print(f"{counted(len(y), 'image')} in {folder.path / 'images'}\nLook at {folder.path / 'grid.png'}")
+
+
+def in_words(loaded: Loaded, sampling: Sampling, precision: str, device: torch.device) -> str:
+    """What is drawn with, and how: the defaults too, which differ between programs."""
+    which = "moving average of the weights" if loaded.weights == "ema" else "weights"
+    step = f" of step {loaded.step:,}" if loaded.step else ""
+    scale, interval = sampling.guidance_scale, sampling.guidance_interval
+    guidance = "without guidance" if scale == 1 else f"guidance {scale:g}"
+    guidance += f" on {sampling.guidance_channels} channels" if sampling.guidance_channels is not None else ""
+    guidance += f" in timesteps {interval[0]} to {interval[1]}" if interval is not None else ""
+    steps = counted(sampling.num_steps, "step")
+    return f"Drawing with the {which}{step}: {sampling.sampler}, {steps}, {guidance}; precision {precision}, {device}"
 
 
 def numbers(text: str) -> list[float]:
