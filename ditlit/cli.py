@@ -14,7 +14,6 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -28,6 +27,7 @@ from ditlit.training import CheckpointFiles, DiTModule, Heartbeat, Interrupted, 
 from ditlit.training.checkpoint_files import newest_complete, set_aside
 from ditlit.training.curves import RunLogger
 from ditlit.training.devices import launched, prepare_ddp
+from ditlit.training.loggers import log_text
 from ditlit.training.nonfinite import Diverged
 from ditlit.training.overview import ModelLine
 from ditlit.training.run_folder import CONFIG, checkpoint_folders, find_checkpoint, run_folder, trace_of_a_run
@@ -172,10 +172,8 @@ class SaveFitConfig(SaveConfigCallback):
             return self.parser.dump(self.config, skip_none=False)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Show it in TensorBoard too."""
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("config", f"```yaml\n{self.text()}\n```")
+        """Show it in the loggers that take texts."""
+        log_text(trainer.loggers, "config", f"```yaml\n{self.text()}\n```")
 
 
 class DitlitCLI(LightningCLI):

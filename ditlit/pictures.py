@@ -1,11 +1,13 @@
 """Bytes of pictures: rounding, grids, and files that are whole or absent."""
 
+import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
 from torchvision.utils import make_grid
@@ -14,6 +16,8 @@ from ditlit.errors import InputError
 
 PADDING = 2
 HEADER = 16  # pixels above a sheet for the names of its columns
+WIDEST = 14  # letters of a line beside a row
+LINE = 12  # pixels of such a line
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -51,6 +55,23 @@ def with_header(grid: Tensor, columns: Sequence[str]) -> Tensor:
     width = (grid.shape[2] - PADDING) / len(columns)
     for i, name in enumerate(columns):
         draw.text((PADDING + (i + 0.5) * width, HEADER / 2), name, fill="black", anchor="mm")
+    return pil_to_tensor(picture)
+
+
+def with_captions(grid: Tensor, rows: Sequence[str]) -> Tensor:
+    """A grid (3, H, W) with a text on the right of each of its rows, in as many lines as there is room for."""
+    font = ImageFont.load_default()
+    height = (grid.shape[1] - PADDING) / len(rows)
+    lines = max(1, int(height // LINE))
+    texts = ["\n".join(textwrap.wrap(row, WIDEST, max_lines=lines, placeholder="…")) for row in rows]
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    width = max(math.ceil(draw.multiline_textbbox((0, 0), text, font)[2]) for text in texts) + 3 * PADDING
+    picture = Image.new("RGB", (grid.shape[2] + width, grid.shape[1]), "white")
+    picture.paste(to_pil_image(grid), (0, 0))
+    draw = ImageDraw.Draw(picture)
+    for i, text in enumerate(texts):
+        middle = (grid.shape[2] + PADDING, PADDING / 2 + (i + 0.5) * height)
+        draw.multiline_text(middle, text, "black", font, anchor="lm", spacing=1)
     return pil_to_tensor(picture)
 
 

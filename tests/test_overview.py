@@ -70,6 +70,7 @@ def test_tensorboard_opens_ready_to_read(board):
     assert {"model/text_summary", "store/text_summary"} <= set(texts)
     model = ask(board + "data/plugin/text/text?run=tiny&tag=model/text_summary")[0]["text"]
     assert "multiply-adds" in model and "<table>" in model
+    assert "DiT-XL/2" not in model and "depth 2, hidden_size 16, num_heads 2, patch_size 4" in model
 
     experiment = ask(board + "data/plugin/hparams/experiment", {"experimentName": ""})
     names = {info["name"] for info in experiment["hparamInfos"]}

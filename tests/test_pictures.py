@@ -12,7 +12,7 @@ from ditlit.data import DigitsDataModule, LatentDataModule, write_store
 from ditlit.data.vae import Autoencoder, load_decoder, weights_hash
 from ditlit.errors import InputError
 from ditlit.models import DiT
-from ditlit.pictures import to_uint8
+from ditlit.pictures import grid_of, read_png, to_uint8, with_captions
 from ditlit.training import SampleGrid, SampleMetrics
 
 
@@ -43,7 +43,8 @@ def test_a_grid_at_every_validation(make_module, make_trainer, pixels, tmp_path)
     ).fit(make_module(), pixels)
     files = sorted((tmp_path / "samples").iterdir())
     assert [f.name for f in files] == ["step-00000002.png", "step-00000004.png"]
-    assert grid(files[0]).shape == (2 * 18 + 2, 4 * 18 + 2, 3)  # 2 rows of 4 doubled 8x8 pictures in frames of 2
+    height, width, _ = grid(files[0]).shape  # 2 rows of 4 doubled 8x8 pictures in frames of 2, captions beside them
+    assert height == 2 * 18 + 2 and 4 * 18 + 2 < width < 4 * 18 + 40
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [image.step for image in events.Images("samples")] == [2, 4]
@@ -56,6 +57,43 @@ def test_a_grid_that_will_never_be_drawn_is_said(make_module, make_trainer, pixe
     alone = LatentDataModule(pixels.store, global_batch_size=8)
     make_trainer(callbacks=[SampleGrid(per_class=1)], max_steps=1).fit(make_module(), alone)
     assert "it will draw nothing. Hold samples out with --data.val_size, or set its every_n_steps" in caplog.text
+
+
+def test_real_images_of_the_classes_are_shown_once_beside_the_samples(make_module, make_trainer, tmp_path):
+    """Class 3 has one image, class 4 none: the rest of their rows is white."""
+    images = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    labels = torch.tensor([0, 1, 2] * 3 + [3, 0, 0])
+    write_store(tmp_path / "s", images, labels, 5, class_names=["tench, Tinca tinca", "cat", "owl", "bee", "ант"])
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    shown = SampleGrid(every_n_steps=2, classes=[1, 3, 4], per_class=2, min_side=8)
+    make_trainer(callbacks=[shown], logger=logger).fit(
+        make_module(), LatentDataModule(str(tmp_path / "s"), global_batch_size=4)
+    )
+    picture = read_png(tmp_path / "real.png")
+
+    def cell(row, column):
+        return picture[:, 2 + row * 10 : 10 + row * 10, 2 + column * 10 : 10 + column * 10]
+
+    for place, image in (((0, 0), 1), ((0, 1), 4), ((1, 0), 9)):
+        assert torch.equal(cell(*place), to_uint8(images[image]))
+    assert all((cell(*place) == 255).all() for place in ((1, 1), (2, 0), (2, 1)))
+    assert shown._captions == ["1 cat", "3 bee", "4"]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [image.step for image in events.Images("real")] == [2]
+
+
+def test_captions_stand_beside_their_rows():
+    """Dark letters at the height of each row, none in the pictures, and as many lines as there is room for."""
+    pictures = torch.full((4, 3, 32, 32), 200, dtype=torch.uint8)
+    plain = grid_of(pictures, 2, 32)
+    names = ["0 tench", "1 hammerhead shark with a name of many words that has to end somewhere"]
+    picture = with_captions(plain, names)
+    assert torch.equal(picture[:, :, : plain.shape[2]], plain)
+    margin = picture[0, :, plain.shape[2] :]
+    dark = (margin < 100).any(1)
+    assert dark[10:26].any() and not dark[28:38].any() and dark[44:60].any() and not dark[-2:].any()
+    assert not (margin[:, -2:] < 100).any() and margin.shape[1] < 120
 
 
 def test_the_grid_is_drawn_from_the_average_with_fixed_noise(make_module, make_trainer, pixels, tmp_path):
@@ -141,7 +179,8 @@ def test_latents_are_decoded_by_the_vae_of_the_store(make_module, make_trainer, 
     make_trainer(callbacks=[SampleGrid(every_n_steps=4, per_class=1, min_side=8)]).fit(
         make_module(), LatentDataModule(str(tmp_path / "s"), global_batch_size=8)
     )
-    assert grid(tmp_path / "samples" / "step-00000004.png").shape == (5 * 18 + 2, 20, 3)  # 16x16 pictures
+    picture = grid(tmp_path / "samples" / "step-00000004.png")
+    assert len(picture) == 5 * 18 + 2 and (picture[:, 18:20] == picture[0, 0]).all()  # 16x16 pictures in frames of 2
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
@@ -168,7 +207,7 @@ def test_latents_are_the_same_picture_whatever_the_training_precision(
     module = make_module()
     trainer.fit(module, data)
     trainer.predict(module, data)
-    assert len(decoded) == 3  # a grid, samples to measure, a prediction
+    assert len(decoded) == 4  # a grid, real images, samples to measure, a prediction
     for latents, images in decoded:
         assert latents.dtype == images.dtype == torch.float32
         assert torch.equal(images, model.to(memory_format=torch.channels_last).decode(latents).sample.clamp(-1, 1))

@@ -8,9 +8,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.profilers import Profiler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ditlit.data import LatentDataModule, LatentStore, write_store
+from ditlit.data.datasets import TrainDataset
 from ditlit.diffusion import GaussianDiffusion
 from ditlit.errors import InputError
 from ditlit.models import DiT
@@ -178,10 +180,66 @@ def test_tensorboard_shows_what_is_promised(make_module, make_trainer, datamodul
     events.Reload()
     assert set(events.Tags()["scalars"]) >= {
         "train/loss", "train/mse", "train/vlb", "train/grad_norm", "train/learning_rate", "train/ema_distance",
-        "val/loss", "val/mse",
-        "throughput/images_per_second", "throughput/images_seen", "loss_by_timestep/000-249",
+        "train/ema_decay", "val/loss", "val/mse", "throughput/memory_gb", "throughput/step_seconds",
+        "throughput/data_wait", "throughput/images_per_second", "throughput/images_seen", "loss_by_timestep/000-249",
     }  # fmt: skip
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
+
+
+def test_the_decay_in_force_is_logged(make_module, make_trainer, datamodule, tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    make_trainer(callbacks=[TrainingMonitor()], logger=logger, log_every_n_steps=2).fit(
+        make_module(decay=0.25, warmup=True), datamodule
+    )
+    with open(tmp_path / "metrics.csv") as file:
+        decays = [float(row["train/ema_decay"]) for row in csv.DictReader(file)]
+    assert decays == [pytest.approx(3 / 12), 0.25]  # (1 + k) / (10 + k) after k = 2 steps, then the bound
+
+
+class Recorder(Profiler):
+    """A user's own, which notes what it is told of."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.ended = [], []
+
+    def start(self, action_name):
+        self.begun.append(action_name)
+
+    def stop(self, action_name):
+        self.ended.append(action_name)
+
+    def summary(self):
+        return ""
+
+
+def test_time_and_waiting_are_those_of_a_step(make_module, make_trainer, datamodule, tmp_path, monkeypatch):
+    """On a clock that only reading a batch (3 s) and computing on one (5 s) move; two batches are a step."""
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+
+    def pass_seconds(seconds, function):
+        def later(*args):
+            nonlocal now
+            now += seconds
+            return function(*args)
+
+        return later
+
+    module, profiler = make_module(), Recorder()
+    monkeypatch.setattr(module, "training_step", pass_seconds(5, module.training_step))
+    monkeypatch.setattr(TrainDataset, "__getitem__", pass_seconds(3, TrainDataset.__getitem__))
+    trainer = make_trainer(callbacks=[TrainingMonitor()], logger=CSVLogger(tmp_path, name="", version=""),
+                           log_every_n_steps=2, accumulate_grad_batches=2, profiler=profiler)  # fmt: skip
+    trainer.fit(module, datamodule)
+    with open(tmp_path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[1]["throughput/step_seconds"]) == 2 * (3 + 5)
+    assert float(rows[1]["throughput/data_wait"]) == 2 * 3
+    assert float(rows[1]["throughput/images_per_second"]) == 8 / 16
+    assert 0.1 < float(rows[1]["throughput/memory_gb"]) < 64
+    assert trainer.profiler is profiler and sorted(profiler.begun) == sorted(profiler.ended)
+    assert profiler.begun.count("run_training_batch") == 8
 
 
 @pytest.mark.parametrize("batch_size", [3, 10])

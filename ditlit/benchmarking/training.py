@@ -3,7 +3,6 @@
 import itertools
 import logging
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,12 +11,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.profilers import Profiler
 from torch import Tensor, nn
 
 from ditlit.benchmarking.gauges import Moment, PeakMemory, Spread, free, mark, num_bytes, seconds_between
 from ditlit.benchmarking.plan import States
 from ditlit.training import DiTModule
+from ditlit.training.costs import WaitForData
 from ditlit.training.peaks import peak_of
 
 # The user's Trainer on one device, without what saves, draws, logs and validates, and without an early end.
@@ -87,25 +86,6 @@ def quiet():
             yield
     finally:
         logger.setLevel(level)
-
-
-class WaitForData(Profiler):
-    """Seconds that the training loop has waited for batches."""
-
-    action = "[_TrainingEpochLoop].train_dataloader_next"
-
-    def __init__(self):
-        super().__init__()
-        self.seconds = 0.0
-        self._started = 0.0
-
-    def start(self, action_name: str) -> None:
-        if action_name == self.action:
-            self._started = time.perf_counter()
-
-    def stop(self, action_name: str) -> None:
-        if action_name == self.action:
-            self.seconds += time.perf_counter() - self._started
 
 
 @dataclass

@@ -27,6 +27,12 @@ class Average:
         self.names = [name for name, p in module.named_parameters() if p.requires_grad]
         self.values = [p.detach().float().clone() for p in self.parameters(module)]
 
+    @property
+    def decay_in_force(self) -> float:
+        """Of the next update."""
+        k = self.num_updates
+        return min(self.decay, (1 + k) / (10 + k)) if self.warmup else self.decay
+
     def parameters(self, module: nn.Module) -> list[Tensor]:
         """Those that are averaged; where they are sharded, the shards."""
         reshard(module)
@@ -34,9 +40,7 @@ class Average:
 
     def update_parameters(self, pl_module: LightningModule) -> None:
         """average <- decay * average + (1 - decay) * parameters, in a few multi-tensor kernels."""
-        decay = self.decay
-        if self.warmup:
-            decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
+        decay = self.decay_in_force
         current = [local(p).float() for p in self.parameters(pl_module.denoiser)]
         torch._foreach_lerp_([local(value) for value in self.values], current, 1 - decay)
         self.num_updates += 1
@@ -100,6 +104,11 @@ class EMA(WeightAveraging):
         weights = [p.float() for p in self._average_model.parameters(pl_module.denoiser)]
         difference = torch._foreach_sub(self._average_model.values, weights)
         return whole(get_total_norm(difference)) / whole(get_total_norm(weights))
+
+    @property
+    def decay_in_force(self) -> float:
+        """Of the next step, while training: ``decay``, or less in the warm-up."""
+        return self._average_model.decay_in_force
 
     def _swap_in(self, pl_module: LightningModule) -> None:
         if self._average_model is None or self._raw is not None:

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from ditlit.models import DiT, macs
+from ditlit.training.costs import WaitForData, memory_in_use
 from ditlit.training.overview import write_overview
 from ditlit.training.peaks import peak_of
 
@@ -18,26 +18,34 @@ QUARTILES = 4
 
 class TrainingMonitor(Callback):
     """Logs, every ``trainer.log_every_n_steps`` steps, means over the steps since: loss and its terms, loss by quartile
-    of the timestep, images per second and images seen, FLOP/s a device, and their share of its peak (MFU)
-    where that is known; and the latest gradient norm,
-    learning rate, and relative distance of the moving average.
+    of the timestep, images per second and images seen, seconds a step and those of them spent waiting for data, TFLOP/s
+    of each device and, where it is known, their share of its peak (MFU); and the latest gradient norm, learning rate,
+    decay and relative distance of the moving average, and memory of the first process in GB: the most that tensors have
+    taken of its GPU so far, or on a CPU what the process takes.
 
-    TensorBoard also gets a layout of these curves, and the run's settings, model and store.
+    Loggers also get the run's settings, and those that take texts its model and store; TensorBoard a layout of the
+    curves.
 
     Values are added up on the device and read once a log entry, so that a step waits for nothing.
     """
 
     def __init__(self):
         self._sums: Tensor | None = None
+        self._wait: WaitForData | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._peak = peak_of(trainer, pl_module)
         self._flops = 6 * macs(pl_module.denoiser) if isinstance(pl_module.denoiser, DiT) else None
         if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    write_overview(logger, trainer, pl_module)
+            write_overview(trainer, pl_module)
+        self._wait = trainer.profiler = WaitForData(trainer.profiler)
         self._start_window()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._give_back_profiler(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._give_back_profiler(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: dict[str, Any], batch: Any, batch_idx: int
@@ -46,6 +54,7 @@ class TrainingMonitor(Callback):
         self._batch = len(outputs["t"]) * trainer.world_size
         self._images += self._batch
         at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        self._steps += at_step
         if at_step and trainer.global_step % trainer.log_every_n_steps == 0:
             self._log(trainer, pl_module)
             self._start_window()
@@ -57,9 +66,14 @@ class TrainingMonitor(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._started += time.perf_counter() - self._paused_at  # throughput is that of training
 
+    def _give_back_profiler(self, trainer: Trainer) -> None:
+        if trainer.profiler is self._wait:  # not before the first step
+            trainer.profiler = self._wait.profiler
+
     def _start_window(self) -> None:
         self._sums = None
-        self._images = 0
+        self._images = self._steps = 0
+        self._waited = self._wait.seconds
         self._started = time.perf_counter()
 
     def _add(self, outputs: dict[str, Any], num_timesteps: int) -> None:
@@ -89,11 +103,16 @@ class TrainingMonitor(Callback):
         rate = self._images / elapsed
         metrics |= {
             "train/grad_norm": norm,
-            **({} if pl_module.ema is None else {"train/ema_distance": distance}),
             "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "throughput/images_per_second": rate,
             "throughput/images_seen": trainer.global_step * self._batch * trainer.accumulate_grad_batches,
+            "throughput/step_seconds": elapsed / self._steps,
+            "throughput/data_wait": (self._wait.seconds - self._waited) / self._steps,
         }
+        if pl_module.ema is not None:
+            metrics |= {"train/ema_distance": distance, "train/ema_decay": pl_module.ema.decay_in_force}
+        if (memory := memory_in_use(pl_module.device)) is not None:
+            metrics["throughput/memory_gb"] = memory / 1e9
         shown = {"loss": metrics["train/loss"], "img/s": rate}
         if self._flops:
             achieved = rate * self._flops / trainer.world_size  # of each device

@@ -1,4 +1,4 @@
-"""What a run shows before its first step: its model, and in TensorBoard a layout of the curves, settings and store."""
+"""What a run shows before its first step: its model, and in loggers a layout of the curves, its settings and store."""
 
 from typing import Any
 
@@ -7,9 +7,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.tensorboard.summary import hparams
 
-from ditlit.checkpoints.contents import class_of
+from ditlit.checkpoints.contents import class_of, variant_name
 from ditlit.data.manifest import Manifest
 from ditlit.models import DiT, macs, num_parameters
+from ditlit.training.loggers import log_text
 
 # Curves that belong in one picture, by the tab's sections. Tags are regular expressions.
 LAYOUT = {
@@ -22,6 +23,7 @@ LAYOUT = {
     "health": {
         "gradient norm": ["Multiline", ["train/grad_norm"]],
         "distance of the moving average": ["Multiline", ["train/ema_distance"]],
+        "decay of the moving average": ["Multiline", ["train/ema_decay"]],
         "learning rate": ["Multiline", ["train/learning_rate"]],
         "skipped steps": ["Multiline", ["train/skipped_steps"]],
         "activations": ["Multiline", ["activations/.*"]],
@@ -30,7 +32,9 @@ LAYOUT = {
     "throughput": {
         "images per second": ["Multiline", ["throughput/images_per_second"]],
         "TFLOP/s a device": ["Multiline", ["throughput/tflops"]],
+        "seconds a step, and waiting for data": ["Multiline", ["throughput/step_seconds", "throughput/data_wait"]],
         "share of the device's peak": ["Multiline", ["throughput/mfu"]],
+        "memory in GB": ["Multiline", ["throughput/memory_gb"]],
     },
     "metrics of samples": {"metrics": ["Multiline", ["eval/.*", "digits/.*"]]},
 }
@@ -46,19 +50,29 @@ class ModelLine(Callback):
         rank_zero_info(f"Training a {facts['class']}: trained parameters {facts['trained parameters']}{work}")
 
 
-def write_overview(logger: TensorBoardLogger, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Lay out the custom scalars, and write the hyper-parameters and the texts ``model`` and ``store``."""
+def write_overview(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Show the hyper-parameters and the texts ``model`` and ``store``; in TensorBoard, lay out the custom scalars."""
+    settings = hyperparameters(trainer, pl_module)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            write_layout(logger, settings, trainer)
+        else:
+            logger.log_hyperparams(settings)
+    log_text(trainer.loggers, "model", table(model_facts(pl_module.denoiser)))
+    manifest = getattr(trainer.datamodule, "manifest", None)
+    if manifest is not None:
+        log_text(trainer.loggers, "store", table(store_facts(trainer.datamodule.store, manifest)))
+    for logger in trainer.loggers:
+        logger.save()
+
+
+def write_layout(logger: TensorBoardLogger, settings: dict[str, bool | str | float | int], trainer: Trainer) -> None:
     writer = logger.experiment
     writer.add_custom_scalars(LAYOUT)
     # The HParams tab reads these curves of the run: callbacks that judge samples name theirs as ``result_tags``.
     tags = [*RESULTS, *(tag for callback in trainer.callbacks for tag in getattr(callback, "result_tags", ()))]
-    for summary in hparams(hyperparameters(trainer, pl_module), dict.fromkeys(tags, 0.0))[:2]:
+    for summary in hparams(settings, dict.fromkeys(tags, 0.0))[:2]:
         writer.file_writer.add_summary(summary)
-    writer.add_text("model", table(model_facts(pl_module.denoiser)))
-    manifest = getattr(trainer.datamodule, "manifest", None)
-    if manifest is not None:
-        writer.add_text("store", table(store_facts(trainer.datamodule.store, manifest)))
-    writer.flush()
 
 
 def hyperparameters(trainer: Trainer, pl_module: LightningModule) -> dict[str, bool | str | float | int]:
@@ -66,7 +80,7 @@ def hyperparameters(trainer: Trainer, pl_module: LightningModule) -> dict[str, b
     optimizer = trainer.optimizers[0]
     group = optimizer.param_groups[0]
     batch_size = getattr(trainer.datamodule, "global_batch_size", None)
-    found = {f"denoiser.{name}": value for name, value in getattr(pl_module.denoiser, "config", {}).items()}
+    found = {f"denoiser.{name}": value for name, value in named_sizes(pl_module.denoiser).items()}
     found |= {f"process.{name}": value for name, value in getattr(pl_module.process, "config", {}).items()}
     found |= {
         "optimizer": type(optimizer).__name__,
@@ -92,7 +106,13 @@ def model_facts(denoiser: Any) -> dict[str, str]:
         facts["parameters"] = f"{num_parameters(denoiser):,} (with the position table)"
         facts["multiply-adds"] = f"{macs(denoiser) / 1e9:.4g} G a sample and forward pass"
         facts["tokens"] = f"{denoiser.grid[0]} x {denoiser.grid[1]}"
-    return facts | {name: str(value) for name, value in getattr(denoiser, "config", {}).items()}
+    return facts | {name: str(value) for name, value in named_sizes(denoiser).items()}
+
+
+def named_sizes(denoiser: Any) -> dict[str, Any]:
+    """A denoiser's settings, with the paper's name for its sizes only where they are those."""
+    config = getattr(denoiser, "config", {})
+    return config | {"variant": variant_name(config)} if "variant" in config else config
 
 
 def store_facts(location: Any, manifest: Manifest) -> dict[str, str]:

@@ -1,25 +1,27 @@
 """Pictures from a run: a fixed grid of samples during training, single files in prediction."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from ditlit.data.classes import Classes, parse_classes
 from ditlit.data.vae import Decoder, load_decoder
 from ditlit.errors import check_positive
-from ditlit.pictures import check_decoded, grid_of, save_png, to_uint8
+from ditlit.pictures import check_decoded, grid_of, save_png, to_uint8, with_captions
+from ditlit.training.loggers import log_picture
 from ditlit.training.run_folder import run_folder
 
 
 class SampleGrid(Callback):
     """Draws the same grid again and again as training goes on: fixed noise, fixed classes, the averaged weights.
 
-    The grid goes to ``samples/`` in the run's folder as PNG, and to TensorBoard. Ranks share the work. In prediction
+    The grid goes to ``samples/`` in the run's folder as PNG, and to every logger that takes pictures; so do, once,
+    training images of the same classes, from stores on a disk, as ``real.png``. Ranks share the work. In prediction
     every sample becomes a PNG in ``predictions/``. How samples are drawn is ``model.sampling``.
 
     Args:
@@ -52,16 +54,20 @@ class SampleGrid(Callback):
         self.min_side = min_side
         self._rows: list[int] = []  # the classes by number; known after setup
         self._decode: Decoder | None = None
+        self._captions: list[str] = []  # of the rows
+        self._real_shown = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = run_folder(trainer)
         num_classes = pl_module.denoiser.num_classes
+        names = getattr(getattr(trainer.datamodule, "manifest", None), "class_names", None)
         if self.classes is None:
             rows = min(10, num_classes)
             self._rows = [i * num_classes // rows for i in range(rows)]
         else:
-            names = getattr(getattr(trainer.datamodule, "manifest", None), "class_names", None)
             self._rows = parse_classes(self.classes, num_classes, names)
+        self._captions = [caption(c, names) for c in self._rows]
+        self._real_shown = False
         if stage in ("fit", "validate", "predict") and self._decode is None:
             # Loaded now, so that a VAE that cannot be had stops the run before it starts.
             manifest = trainer.datamodule.manifest
@@ -91,13 +97,30 @@ class SampleGrid(Callback):
         images = draw_images(trainer, pl_module, labels, self._decode, self.seed, self.batch_size)
         if not trainer.is_global_zero:
             return None
-        grid = grid_of(images, self.per_class, self.min_side)
         path = self._folder / "samples" / f"step-{trainer.global_step:08d}.png"
-        save_png(grid, path)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("samples", grid, trainer.global_step)
+        self._show(trainer, "samples", images, path)
+        if not self._real_shown:
+            self._real_shown = True
+            self._show_real(trainer)
         return path
+
+    def _show(self, trainer: Trainer, name: str, images: Tensor, path: Path) -> None:
+        grid = with_captions(grid_of(images, self.per_class, self.min_side), self._captions)
+        save_png(grid, path)
+        log_picture(trainer.loggers, name, grid, trainer.global_step)
+
+    def _show_real(self, trainer: Trainer) -> None:
+        """Show training images of the same classes: what the samples should look like."""
+        examples = getattr(trainer.datamodule, "examples", None)
+        rows = [] if examples is None else [examples(c, self.per_class) for c in self._rows]
+        if not any(row is not None for row in rows):
+            return
+        latents = torch.cat([row for row in rows if row is not None]).to(trainer.strategy.root_device)
+        images = torch.cat([to_uint8(self._decode(part)).cpu() for part in latents.split(self.batch_size)])
+        sheet = torch.full((len(rows) * self.per_class, *images.shape[1:]), 255, dtype=torch.uint8)
+        filled = [i * self.per_class + j for i, row in enumerate(rows) if row is not None for j in range(len(row))]
+        sheet[filled] = images
+        self._show(trainer, "real", sheet, self._folder / "real.png")
 
     def on_predict_batch_end(
         self,
@@ -119,6 +142,13 @@ class SampleGrid(Callback):
         if trainer.is_global_zero:
             drawn = trainer.datamodule.predict_samples
             print(f"{drawn} PNG files, one a sample, are in {self._folder / 'predictions'}")
+
+
+def caption(number: int, names: Sequence[str] | None) -> str:
+    """A class's number, and its name where that is known and in letters that the font has."""
+    name = "" if names is None else names[number].split(",")[0].strip()
+    known = name.isascii() and name.isprintable() and name not in ("", str(number))
+    return f"{number} {name}" if known else str(number)
 
 
 def draw_images(
