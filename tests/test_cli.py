@@ -19,6 +19,7 @@ from ditlit.mistakes import unknown_setting
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+READMES = [path for path in sorted(ROOT.rglob("README.md")) if not any(part.startswith(".") for part in path.parts)]
 
 
 @pytest.fixture
@@ -447,18 +448,21 @@ def test_two_reports_are_compared_as_two_words_or_one():
 
 
 def readme_commands():
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    for block in blocks:
-        for line in block.replace("\\\n", " ").splitlines():
-            for command in line.split("&&"):
-                words = shlex.split(command, comments=True)
-                if words[:3] == ["python", "-m", "ditlit"]:
-                    yield words[3:]
-                elif words[:1] == ["ditlit"]:
-                    yield words[1:]
+    """Of every README, each once: what stands behind ``python -m ditlit``, also where torchrun or srun starts it."""
+    seen = []
+    for readme in READMES:
+        for block in re.findall(r"```(?:bash|sh)\n(.*?)```", readme.read_text(), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                for command in line.split("&&"):
+                    words = shlex.split(command, comments=True)
+                    if words[:1] in (["python"], ["torchrun"], ["srun"]) and "ditlit" in words:
+                        words = words[words.index("ditlit") :]
+                    if words[:1] == ["ditlit"] and words[1:] not in seen:
+                        seen.append(words[1:])
+    return seen
 
 
-@pytest.mark.parametrize("words", list(readme_commands()), ids=" ".join)
+@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
 def test_readme_commands_parse(cli, words, monkeypatch):
     command = next((name for name in (" ".join(words[:2]), words[0]) if name in FUNCTIONS), None)
     if command is not None:
