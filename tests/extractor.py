@@ -1,5 +1,6 @@
 """A small feature extractor for tests, and random Inception weights."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -23,6 +24,15 @@ class Colours(nn.Module):
         pool, spatial, logits = (grid @ self.weight).split((6, 4, 4), 1)
         found = {"pool": pool, "spatial": spatial, "logits": logits}
         return {layer: found[layer] for layer in layers}
+
+
+class Broken(Colours):
+    """Cannot go on, on the second of several ranks."""
+
+    def forward(self, images, layers):
+        if os.environ.get("RANK") == "1":
+            raise RuntimeError("this rank cannot go on")
+        return super().forward(images, layers)
 
 
 class Nameless(nn.Module):

@@ -1,5 +1,8 @@
 """A denoiser and a process as a user would write them, in a module that checkpoints may not choose to import."""
 
+import os
+import signal
+
 from torch import nn
 
 from ditlit.diffusion import GaussianDiffusion
@@ -18,6 +21,21 @@ class OwnDenoiser(nn.Module):
 
     def forward(self, x_t, t, y):
         return self.leave((self.enter(x_t) + self.labels(y)[:, :, None, None]).relu())
+
+
+class Mortal(OwnDenoiser):
+    """Ends one of several ranks in its first step: by an error, or as the kernel does where memory runs out."""
+
+    def __init__(self, rank: int, killed: bool):
+        super().__init__()
+        self.config = dict(rank=rank, killed=killed)
+
+    def forward(self, x_t, t, y):
+        if os.environ.get("RANK") == str(self.config["rank"]):
+            if self.config["killed"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("this rank cannot go on")
+        return super().forward(x_t, t, y)
 
 
 class OwnProcess(GaussianDiffusion):

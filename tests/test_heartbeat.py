@@ -8,10 +8,13 @@ import time
 from datetime import timedelta
 
 import pytest
+import ranks as processes
 import torch.distributed as dist
+from own import Mortal
+from PIL import Image
 from test_resume import start
 
-from ditlit.training.heartbeat import Pulse
+from ditlit.pulse import Pulse
 
 PATIENCE = 0.8  # seconds; a busy machine may well hold up a thread for a third of one
 
@@ -80,6 +83,34 @@ def test_ranks_that_fail_together_end_with_their_own_messages(ranks):
     for pulse in pulses:
         pulse.fail("InputError: the same everywhere")
     assert said == [[], [], []]
+
+
+@pytest.mark.parametrize("rank, killed", [(0, False), (1, False), (0, True)])
+def test_a_rank_that_is_gone_ends_sampling(tmp_path, make_module, make_trainer, datamodule, rank, killed):
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(make_module(denoiser=Mortal(rank, killed)), datamodule)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    words = ["sample", "--ckpt", str(tmp_path / "x.ckpt"), "--trust", "own", "--vae", "pixels", "--num_steps", "2",
+             "--batch_size", "1", "--accelerator", "cpu", "--out", str(tmp_path / "out")]  # fmt: skip
+    codes = processes.run(2, words, tmp_path)
+    log = (tmp_path / "log.txt").read_text()
+    assert codes[rank] == (-signal.SIGKILL if killed else 1) and codes[1 - rank] == 1, log
+    reason = f"rank {rank} is gone" if killed else f"rank {rank} failed (RuntimeError: this rank cannot go on)"
+    assert f"ditlit: rank {1 - rank} stops because {reason}" in log, log
+    assert "Run the command again to go on" in log
+
+
+def test_a_rank_that_fails_ends_evaluation(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            Image.new("RGB", (8, 8), (i, 10 * i, 255 - i)).save(tmp_path / name / f"{i}.png")
+    words = ["evaluate", "--generated", str(tmp_path / "a"), "--reference", str(tmp_path / "b"), "--extractor",
+             "extractor.Broken", "--batch_size", "4", "--num_workers", "0", "--metrics", "fid", "--accelerator",
+             "cpu"]  # fmt: skip
+    assert processes.run(2, words, tmp_path) == [1, 1]
+    log = (tmp_path / "log.txt").read_text()
+    assert "ditlit: rank 0 stops because rank 1 failed (RuntimeError: this rank cannot go on)" in log, log
 
 
 @pytest.mark.parametrize("dead", [0, 1])

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "errors": set(),
     "hub": set(),
     "quiet": set(),
+    "pulse": set(),
     "mistakes": set(),
     "parser": {"errors", "mistakes"},
     "models": {"errors"},
@@ -27,7 +28,17 @@ MAY_IMPORT = {
     "checkpoints": {"errors", "models", "diffusion", "hub"},
     "generation": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "precision"},
     "evaluation": {"errors", "data", "pictures", "precision"},
-    "training": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "precision", "evaluation"},
+    "training": {
+        "errors",
+        "models",
+        "diffusion",
+        "data",
+        "checkpoints",
+        "pictures",
+        "precision",
+        "evaluation",
+        "pulse",
+    },
     "analysis": {"errors", "models", "diffusion", "data", "checkpoints", "pictures", "generation", "evaluation"},
     "benchmarking": {"errors", "models", "diffusion", "data", "checkpoints", "generation", "training", "cli"},
     "commands": {
@@ -40,6 +51,7 @@ MAY_IMPORT = {
         "generation",
         "evaluation",
         "analysis",
+        "pulse",
     },
 }
 TOP = {"cli", "__main__", "__init__"}

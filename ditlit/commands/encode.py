@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
-from ditlit.commands.processes import Progress, Together, gathered, launch, share
+from ditlit.commands.processes import Progress, ending_together, gathered, launch, share
 from ditlit.data.audit import audit
 from ditlit.data.encoding import ShardEncoder, Written, plan, read_back
 from ditlit.data.folders import Folder, LocalFolder, check_writable, open_folder, remove_leftovers
@@ -30,6 +30,7 @@ PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 MOST_NAMED = 20  # broken files in a message
 
 
+@ending_together
 def encode(
     images: str | None = None,
     out: str | None = None,
@@ -144,9 +145,7 @@ def encode(
         fabric.autocast,
     )
     missing = {k: shards[k] for k in shards if k not in done}
-    with Together(fabric) as together:
-        written = encode_missing(encoder, missing, len(source), fabric, together)
-    done |= gathered(written, fabric)
+    done |= gathered(encode_missing(encoder, missing, len(source), fabric), fabric)
     broken = gathered(encoder.broken, fabric)
     if broken and not skip_broken:
         if fabric.global_rank != 0:
@@ -221,7 +220,7 @@ def workers(num_devices: int) -> int:
 
 
 def encode_missing(
-    encoder: ShardEncoder, shards: dict[int, np.ndarray], num_images: int, fabric: Fabric, together: Together
+    encoder: ShardEncoder, shards: dict[int, np.ndarray], num_images: int, fabric: Fabric
 ) -> dict[int, Written]:
     """Encode this rank's part of the shards, and return it."""
     mine = {k: shards[k] for k in share(list(shards), fabric)}
@@ -229,12 +228,7 @@ def encode_missing(
     written = {}
     start = time.perf_counter()
     with Progress("encoding", num_images, num_images - todo, my_images, fabric) as progress:
-
-        def advance(n: int) -> None:
-            progress.advance(n)
-            together.step()
-
-        for number, shard in encoder.run(mine, advance):
+        for number, shard in encoder.run(mine, progress.advance):
             written[number] = shard
     seconds = time.perf_counter() - start
     if mine and fabric.global_rank == 0:

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric import Fabric
 
 from ditlit.commands.encode import workers
-from ditlit.commands.processes import Progress, launch, share
+from ditlit.commands.processes import Progress, ending_together, launch, share
 from ditlit.data.folders import SHOWN, check_output, is_remote, writing
 from ditlit.errors import InputError, check_positive
 from ditlit.evaluation.cache import DEFAULT_FOLDER, FeatureCache
@@ -30,6 +30,7 @@ from ditlit.evaluation.protocol import (
 from ditlit.evaluation.sources import Source, content_hash, open_source, write_statistics
 
 
+@ending_together
 def evaluate(
     generated: str | None = None,
     reference: str | None = None,

@@ -1,22 +1,47 @@
 """Commands on many devices: one process each, started by Lightning, torchrun or SLURM."""
 
+import functools
 import os
-import sys
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Callable, Sequence
+from typing import ParamSpec
 
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from tqdm import tqdm
 
-from ditlit.data.workers import lost_worker
 from ditlit.errors import InputError
+from ditlit.pulse import Pulse
 
-FAILED = "ditlit/failed"
+P = ParamSpec("P")
+
+_pulse: Pulse | None = None  # of this process, while a command runs on several
+
+
+def ending_together(command: Callable[P, None]) -> Callable[P, None]:
+    """A command whose processes all end within a minute where one of them fails or dies."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        global _pulse
+        try:
+            command(*args, **kwargs)
+        except BaseException as error:
+            if _pulse is not None and not isinstance(error, SystemExit):
+                _pulse.fail_with(error)
+                _pulse = None
+            raise
+        finally:
+            if _pulse is not None:
+                _pulse.end()
+                _pulse = None
+
+    return run
 
 
 def launch(accelerator: str, devices: str, num_nodes: int, precision: str = "32-true") -> tuple[Fabric, int]:
-    """Start the processes; returns Fabric and the number of processes of this machine.
+    """Start the processes of a command that is :func:`ending_together`.
+
+    Returns Fabric, and the number of processes of this machine.
 
     Raises:
         InputError: for devices that this machine does not have.
@@ -29,6 +54,10 @@ def launch(accelerator: str, devices: str, num_nodes: int, precision: str = "32-
     except (RuntimeError, ValueError, TypeError) as error:  # a device that is not there, a number that is none
         raise InputError(f"accelerator {accelerator}, devices {devices}: {error}") from error
     fabric.launch()
+    if fabric.world_size > 1:
+        global _pulse
+        ranks = fabric.global_rank, fabric.world_size
+        _pulse = Pulse.among(*ranks, fabric.broadcast, fabric.barrier, "Run the command again to go on")
     return fabric, fabric.world_size // num_nodes
 
 
@@ -44,55 +73,6 @@ def gathered(part: dict, fabric: Fabric) -> dict:
     parts: list[dict] = [{}] * fabric.world_size
     dist.all_gather_object(parts, part)
     return {key: value for part in parts for key, value in part.items()}
-
-
-class Together:
-    """Work that processes share, with a part for each: where one fails, the others stop at their next step.
-
-    The first process then says why; without this they would wait for the failed one where they next meet.
-
-    Args:
-        fabric: of the processes; all of them make one, and enter and leave it together.
-    """
-
-    def __init__(self, fabric: Fabric):
-        self.fabric = fabric
-        self.store: dist.Store | None = None
-        if fabric.world_size > 1:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(address, port, is_master=False)
-            self.store = dist.PrefixStore(fabric.broadcast(os.urandom(8).hex()), store)
-
-    def step(self) -> None:
-        """To be called now and then.
-
-        Raises:
-            FailedElsewhere: where another process cannot go on.
-        """
-        if self.store is not None and self.store.check([FAILED]):
-            raise FailedElsewhere
-
-    def __enter__(self) -> "Together":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self.store is None or (error is not None and not isinstance(error, Exception)):
-            return
-        reasons = {}
-        if error is not None and not isinstance(error, FailedElsewhere):
-            foreseen = lost_worker(error) or (str(error) if isinstance(error, (InputError, OSError)) else None)
-            reasons[self.fabric.global_rank] = foreseen or repr(error)
-            self.store.set(FAILED, "")
-        reasons = gathered(reasons, self.fabric)
-        if not reasons or (self.fabric.global_rank in reasons and (self.fabric.global_rank == 0 or foreseen is None)):
-            return  # with the error of this process
-        if self.fabric.global_rank != 0:
-            sys.exit(2)  # the first process says why
-        raise InputError(reasons[min(reasons)]) from None
-
-
-class FailedElsewhere(Exception):
-    """Another process cannot go on."""
 
 
 class Progress:

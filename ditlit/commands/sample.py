@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditlit import __version__, checkpoints
 from ditlit.checkpoints import Loaded, Reading
-from ditlit.commands.processes import Progress, launch, share
+from ditlit.commands.processes import Progress, ending_together, launch, share
 from ditlit.data.classes import Classes, parse_classes
 from ditlit.data.folders import check_writable
 from ditlit.data.vae import load_autoencoder, weights_hash
@@ -30,6 +30,7 @@ PRODUCTS = ("npz", "latents")
 ANIMATED = 16  # most images in the animation
 
 
+@ending_together
 def sample(
     ckpt: str,
     out: str,
