@@ -26,7 +26,7 @@ from ditlit.parser import Parser, Setting, parsed
 from ditlit.training import CheckpointFiles, DiTModule, Heartbeat, Interrupted, SampleGrid, StopOnSignal
 from ditlit.training.checkpoint_files import newest_complete, set_aside
 from ditlit.training.curves import RunLogger
-from ditlit.training.devices import launched, prepare_ddp
+from ditlit.training.devices import decided_by_rank_0, launched, prepare_ddp
 from ditlit.training.loggers import log_text
 from ditlit.training.nonfinite import Diverged
 from ditlit.training.overview import ModelLine
@@ -340,12 +340,14 @@ class DitlitCLI(LightningCLI):
         given = kwargs.get("ckpt_path")
         if given is None or is_remote(given) or (given in ("last", "best") and self._is_remote()):
             return kwargs
+        kwargs["ckpt_path"] = decided_by_rank_0(self.trainer, lambda: self._checkpoint(given, subcommand))
+        return kwargs
+
+    def _checkpoint(self, given: str, subcommand: str) -> str | None:
         folders = checkpoint_folders(self.trainer)
         if given != "last":
-            kwargs["ckpt_path"] = find_checkpoint(given, subcommand, folders)
-            return kwargs
+            return find_checkpoint(given, subcommand, folders)
         found = newest_complete(folders)
-        kwargs["ckpt_path"] = None
         if found is not None:
             path, step, damaged = found
             for other in damaged:
@@ -353,12 +355,11 @@ class DitlitCLI(LightningCLI):
             if subcommand == "fit" and self.trainer.is_global_zero:
                 set_aside(damaged)
             rank_zero_info(f"Continuing from {path}, step {step}, the newest whole checkpoint.")
-            kwargs["ckpt_path"] = str(path)
-        elif subcommand == "fit":
+            return str(path)
+        if subcommand == "fit":
             rank_zero_info(f"There is no checkpoint in {folders[0]} yet: training starts.")
-        else:
-            raise InputError(f"there is no checkpoint in {folders[0]}; give one with --ckpt_path")
-        return kwargs
+            return None
+        raise InputError(f"there is no checkpoint in {folders[0]}; give one with --ckpt_path")
 
     def _is_remote(self) -> bool:
         """Whether the run's folder is at a URL; what is there is left to Lightning."""

@@ -4,13 +4,13 @@ import copy
 import json
 import random
 import resource
+import sys
 import time
 
 import pytest
 import torch
 
-from ditlit.__main__ import command_parser
-from ditlit.cli import DitlitCLI
+from ditlit.__main__ import main
 from ditlit.data import write_store
 from ditlit.data.folders import LocalFolder
 from ditlit.data.manifest import Manifest, Shard, read_manifest
@@ -211,7 +211,8 @@ def test_folders_and_empty_files_in_place_of_shards(folder, tmp_path):
 def test_no_code_in_a_configuration_is_run(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.yaml").write_text("seed_everything: !!python/object/apply:os.mkdir [executed]\n")
-    parse = {"fit": DitlitCLI, "sample": lambda args: command_parser("sample").parse_args(args[1:])}[command]
-    with pytest.raises(SystemExit):
-        parse([command, "--config", "evil.yaml"])
+    monkeypatch.setattr(sys, "argv", ["ditlit", command, "--config", "evil.yaml"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
     assert not (tmp_path / "executed").exists()

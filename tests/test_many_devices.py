@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,24 @@ def test_one_shard_is_the_whole_to_the_bit(tmp_path, store, precision, use_check
         assert_same(whole[key], shards[key], key)
     assert all(value.dtype == torch.float32 for value in shards["current_model_state"].values())
     assert norms(folders[0]) == norms(folders[1])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_first_rank_decides_which_checkpoint_is_the_last(tmp_path, store, one, strategy):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    shutil.copy(one / "checkpoints" / "step=3.ckpt", folder / "checkpoints")
+    config = write_config(folder, store, strategy, callbacks=[{"class_path": "ranks.SeesNoCheckpoint"}])
+    words = ["--config", str(config), "--ckpt_path", "last"]
+    assert run(2, ["fit", *words], folder) == [0, 0], (folder / "log.txt").read_text()
+    assert_close(folder, one, slice(3, None))
+    log = (folder / "log.txt").read_text()
+    assert log.count("Continuing from") == 1 and "training starts" not in log
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "log.txt").unlink()
+    assert run(2, ["validate", *words], folder) == [2, 2]
+    log = (folder / "log.txt").read_text()
+    assert log.count("there is no checkpoint in") == 1 and "Traceback" not in log, log
 
 
 def test_held_out_loss_and_predictions_are_the_same(tmp_path, store, sharded):

@@ -35,18 +35,18 @@ def test_one_step_of_s2_on_real_latents(make_trainer, tmp_path):
     assert store.manifest.shape == (4, 32, 32) and 0.5 < latents.std() < 1.2
 
     module = DiTModule(DiT("DiT-S/2", num_classes=8))
-    module.sampling = type(module.sampling)(num_steps=2)
+    module.sampling = type(module.sampling)(num_steps=1)
     losses = []
     grid = SampleGrid(every_n_steps=1, classes=[0, 1], per_class=1)
     trainer = make_trainer(max_steps=1, precision="bf16-mixed", callbacks=[TrainingMonitor(), grid])
     original = module.training_step
     module.training_step = lambda *args: losses.append(original(*args)) or losses[-1]
     before = module.denoiser.final.linear.weight.clone()
-    trainer.fit(module, LatentDataModule(str(tmp_path / "store"), global_batch_size=8))
-    assert losses[0]["terms"]["mse"].mean().item() == pytest.approx(1, abs=0.02)  # the output starts at zero
+    trainer.fit(module, LatentDataModule(str(tmp_path / "store"), global_batch_size=2))
+    assert losses[0]["terms"]["mse"].mean().item() == pytest.approx(1, abs=0.05)  # the output starts at zero
     module.ema._swap_out(module)
     # Adam's first step moves every weight by the learning rate; the gradients of the variances are too small for that.
     moved = (module.denoiser.final.linear.weight - before).abs().unflatten(0, (4, 8))[:, :4]
     torch.testing.assert_close(moved, torch.full_like(moved, 1e-4), rtol=0.05, atol=0)
     with Image.open(tmp_path / "samples" / "step-00000001.png") as picture:
-        assert picture.size == (260, 518)  # two rows of one 256x256 picture
+        assert picture.width > 260 and picture.height == 518  # two rows of one 256x256 picture, and captions

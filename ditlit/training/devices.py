@@ -1,9 +1,10 @@
 """Training on many devices: how many, and whether each holds the whole model (DDP) or a part of it (FSDP2)."""
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ditlit.errors import InputError
 from ditlit.models import DiT
 
+T = TypeVar("T")
+
 
 def launched(trainer: Namespace) -> dict[str, int]:
     """Nodes and devices for which torchrun or srun has started processes, where the user names no others.
@@ -42,6 +45,36 @@ def launched(trainer: Namespace) -> dict[str, int]:
         number = {}
     open_settings = [name for name, value in (("num_nodes", 1), ("devices", "auto")) if trainer[name] == value]
     return {name: int(value) for name, value in number.items() if name in open_settings}
+
+
+def decided_by_rank_0(trainer: Trainer, decide: Callable[[], T]) -> T:
+    """What ``decide`` gives on rank 0, told to all: what each looked up by itself might differ on a shared disk.
+
+    Processes that Lightning is to start are started now, and meet. An error of rank 0 ends the others without a word.
+    """
+    strategy = trainer.strategy
+    launcher = strategy.launcher  # None where the processes run already, and one that forks them has them inherit
+    forks = launcher is not None and launcher.is_interactive_compatible
+    if not isinstance(strategy, DDPStrategy | FSDP2) or trainer.world_size == 1 or forks:
+        return decide()
+
+    def together() -> T:
+        strategy.setup_distributed()
+        strategy.accelerator.setup_device(strategy.root_device)  # on which NCCL communicates
+        decision, error = None, None
+        if strategy.is_global_zero:
+            try:
+                decision = decide()
+            except Exception as caught:
+                error = caught
+        decision, failed = strategy.broadcast((decision, error is not None))
+        if error is not None:
+            raise error
+        if failed:
+            sys.exit(2)
+        return decision
+
+    return together() if launcher is None else launcher.launch(together)
 
 
 # Whole models --------------------------------------------------------------------------------------------------------
@@ -104,6 +137,10 @@ class FSDP2(ModelParallelStrategy):
             timeout=timeout,
         )
         self.reshard_after_forward = reshard_after_forward
+
+    def setup_distributed(self) -> None:
+        """Let the ranks meet, as DDPStrategy's method of this name does."""
+        self._setup_distributed()
 
     def setup_environment(self) -> None:
         if self.precision_plugin.precision not in PRECISIONS:
