@@ -22,6 +22,15 @@ from ditlit.training import EMA, DiTModule
 N, SHAPE, K = 40, (3, 8, 8), 5
 
 
+# Files that take longest, which begin first, so that no core waits for the other at the end.
+SLOWEST = ("resume", "notebooks", "many_devices", "cli", "encode", "heartbeat", "sample", "streaming", "evaluate")
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def away(tmp_path_factory):
     """Fixtures that many tests share work in an empty folder too."""

@@ -62,9 +62,8 @@ def start(folder: Path, store: str, devices: int, resume: bool = False, **kill) 
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "ditlit", "fit", "--config", str(folder / "run.yaml")]
     command += ["--ckpt_path", "last"] if resume else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(folder / "log.txt", "a") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
 def fit(folder: Path, store: str, devices: int, resume: bool = False, **kill) -> int:
