@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import load_file
-from weights import PIXELS, contents_of, scrambled
+from weights import PIXELS, contents_of, released, scrambled
 
 import ditlit
 from ditlit import checkpoints
@@ -105,18 +105,49 @@ def test_python_draws_what_the_command_draws(checkpoint, tmp_path, capsys):
     model = ditlit.load(checkpoint, device="cpu")
     before = weights_hash(model.denoiser)
     sampling = ditlit.Sampling(num_steps=4, guidance_scale=2.0)
-    for classes in (["ray"] * 3 + ["goldfish"] * 3, [3, 3, 3, "1", 1, 1], torch.tensor([3, 3, 3, 1, 1, 1])):
+    numbers = [3, 3, 3, 1, 1, 1]
+    labels = (torch.tensor(numbers), torch.tensor(numbers, dtype=torch.uint8), np.array(numbers))
+    for classes in (["ray"] * 3 + ["goldfish"] * 3, [3, 3, 3, "1", 1, 1], *labels):
         drawn = model.sample(classes, sampling, seed=7, batch_size=4)
         assert torch.equal(drawn, pixels(tmp_path))
     assert model.sample_latents(torch.tensor([3]), sampling).shape == (1, 3, 8, 8)
+    assert len(model.sample_latents(range(5), sampling)) == 5
     assert weights_hash(model.denoiser) == before and type(model.denoiser.time_embed) is TimestepEmbedding
     sizes = "depth 2, hidden_size 16, num_heads 2, patch_size 4"
     assert repr(model) == f"Model({sizes}, 5 classes, ema weights of step 1)" and model.class_names == NAMES
-    for classes, said in (("rey", "names like it are ray"), (torch.tensor([5]), "labels lie in 0..4")):
+    for classes, said in (
+        ("rey", "names like it are ray"),
+        (torch.tensor([5]), "labels lie in 0..4"),
+        (np.array([-1]), "labels lie in 0..4"),
+        (torch.tensor([0.5]), "no whole numbers"),
+        (torch.tensor(3), r"one for each image; got an array of shape \(\)"),
+        (torch.zeros(2, 2, dtype=torch.long), r"one for each image; got an array of shape \(2, 2\)"),
+        (torch.tensor([], dtype=torch.long), r"one for each image; got an array of shape \(0,\)"),
+        ([], "no class is named"),
+    ):
         with pytest.raises(InputError, match=said):
             model.sample(classes, sampling)
-    with pytest.raises(InputError, match="there is no"):
-        ditlit.load(tmp_path / "nothing.ckpt")
+    with pytest.raises(InputError, match="batch_size must be positive, got 0"):
+        model.sample([3], sampling, batch_size=0)
+
+
+def test_python_is_told_of_mistakes_before_anything_is_drawn(tmp_path, monkeypatch):
+    path = tmp_path / "released.pt"
+    torch.save(released(scrambled()), path)
+    for source, settings, said in (
+        (tmp_path / "nothing.ckpt", {}, "there is no checkpoint"),
+        (path, {"weights": "online"}, "weights are 'ema' or 'raw', got 'online'"),
+        (path, {"precision": "bf8"}, "precision is one of 32, tf32, bf16, fp16, got 'bf8'"),
+        (path, {"precision": "fp16"}, "fp16 is for GPUs"),
+        (path, {}, "give num_heads"),
+    ):
+        with pytest.raises(InputError, match=said):
+            ditlit.load(source, device="cpu", **settings)
+    model = ditlit.load(path, device="cpu", num_heads=4, vae=str(tmp_path / "nowhere"))
+    assert repr(model) == "Model(depth 2, hidden_size 48, num_heads 4, patch_size 2, 7 classes, weights)"
+    monkeypatch.setattr(Drawer, "draw", lambda *args: pytest.fail("drew without a VAE"))
+    with pytest.raises(InputError, match="nowhere"):
+        model.sample([1])
 
 
 def test_importing_ditlit_imports_no_torch_and_offers_what_programs_use():

@@ -85,6 +85,8 @@ def load(source: str | Path, weights: Literal["ema", "raw"] = "ema", **reading: 
 
 def read(source: str | Path, weights: Literal["ema", "raw"] = "ema", **reading: Unpack[Reading]) -> Contents:
     """What :func:`load` builds from, with arguments and errors as there; weights stay in their stored precision."""
+    if weights not in ("ema", "raw"):
+        raise InputError(f"weights are 'ema' or 'raw', got {weights!r}")
     path = found(source)
     trust = reading.pop("trust", None)
     given = Given(**reading)

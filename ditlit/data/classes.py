@@ -42,7 +42,7 @@ def parse_classes(
     """
     names = [name.strip() for name in class_names or ()]
     known = spellings(names)
-    words: Sequence[str | int] = given if isinstance(given, (list, tuple)) else [given]
+    words: Sequence[str | int] = given if isinstance(given, (list, tuple, range)) else [given]
     if isinstance(given, str):
         words = words_of(given, names)
     classes: list[int] = []

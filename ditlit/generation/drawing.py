@@ -59,7 +59,7 @@ class Drawer:
         compile: compile the denoiser.
 
     Raises:
-        InputError: for fp16 on a CPU.
+        InputError: for a precision that there is not, or fp16 on a CPU.
     """
 
     denoiser: nn.Module
@@ -141,6 +141,8 @@ class Drawer:
 
 def check_precision(precision: Precision, device: torch.device) -> None:
     """Raise InputError for a precision that a device does not compute in."""
+    if precision not in WEIGHTS:
+        raise InputError(f"precision is one of {', '.join(WEIGHTS)}, got {precision!r}")
     if precision == "fp16" and device.type == "cpu":
         raise InputError("precision fp16 is for GPUs: CPUs have no fast products for it; use bf16 or 32 here")
 

@@ -5,17 +5,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ditlit import checkpoints
 from ditlit.checkpoints import Loaded, Reading
 from ditlit.checkpoints.contents import variant_name
+from ditlit.data.arrays import labels_of
 from ditlit.data.classes import Classes, parse_classes
 from ditlit.data.vae import Autoencoder, load_autoencoder
 from ditlit.diffusion import Sampling
-from ditlit.errors import InputError
-from ditlit.generation.drawing import Drawer, Precision
+from ditlit.errors import InputError, check_positive
+from ditlit.generation.drawing import Drawer, Precision, check_precision
 
 
 class Model:
@@ -26,7 +28,7 @@ class Model:
         process: its diffusion process.
         latents: what is known of its latents: ``shift``, ``scale``, ``vae``.
         step: optimizer steps taken, 0 where unknown.
-        weights: ``ema`` or ``raw``.
+        weights: ``ema``, ``raw``, or ``unknown``.
         class_names: by class, or None where they are unknown.
     """
 
@@ -59,7 +61,7 @@ class Model:
 
     def sample(
         self,
-        classes: Classes | Tensor,
+        classes: Classes | Tensor | np.ndarray,
         sampling: Sampling | None = None,
         seed: int = 0,
         batch_size: int = 32,
@@ -70,7 +72,7 @@ class Model:
 
         Args:
             classes: numbers or names, as a list or separated by commas, of which what is the name of a class is taken
-                for the name; or labels (N,).
+                for the name; or labels (N,) as a tensor or array.
             sampling: how it is drawn; 50 steps of DDIM with guidance 4 by default.
             seed: of all noise.
             batch_size: images drawn at once.
@@ -82,12 +84,13 @@ class Model:
             InputError: for classes that there are not, or settings that do not fit; where the VAE cannot be had, the
                 memory does not suffice, or an image is not finite.
         """
-        latents = self.sample_latents(classes, sampling, seed, batch_size)
-        return self._drawer.images(latents)
+        y = self._labels(classes)
+        _ = self.autoencoder  # one that cannot be had is told before anything is drawn
+        return self._drawer.images(self.sample_latents(y, sampling, seed, batch_size))
 
     def sample_latents(
         self,
-        classes: Classes | Tensor,
+        classes: Classes | Tensor | np.ndarray,
         sampling: Sampling | None = None,
         seed: int = 0,
         batch_size: int = 32,
@@ -95,19 +98,28 @@ class Model:
         """The same as latents (N, C, H, W) as the VAE gives them, on the model's device."""
         sampling = sampling or Sampling()
         sampling.check(self.process, self.denoiser.in_channels)
-        y = classes if isinstance(classes, Tensor) else self._labels(classes)
-        if not ((y >= 0) & (y < self.denoiser.num_classes)).all():
-            raise InputError(f"labels lie in 0..{self.denoiser.num_classes - 1}, got {y.tolist()}")
+        check_positive(batch_size=batch_size)
+        y = self._labels(classes)
         self._drawer.seed = seed
         parts = [range(i, min(i + batch_size, len(y))) for i in range(0, len(y), batch_size)]
         return torch.cat([self._drawer.draw(part, y[part.start : part.stop], sampling) for part in parts])
 
-    def _labels(self, classes: Classes) -> Tensor:
-        return torch.tensor(parse_classes(classes, self.denoiser.num_classes, self.class_names))
+    def _labels(self, classes: Classes | Tensor | np.ndarray) -> Tensor:
+        num_classes = self.denoiser.num_classes
+        if not isinstance(classes, (Tensor, np.ndarray)):
+            return torch.tensor(parse_classes(classes, num_classes, self.class_names))
+        y = labels_of(classes)
+        if y.ndim != 1 or len(y) == 0:
+            raise InputError(f"labels are a row of numbers, one for each image; got an array of shape {tuple(y.shape)}")
+        if not ((y >= 0) & (y < num_classes)).all():
+            raise InputError(f"labels lie in 0..{num_classes - 1}, got {y.tolist()}")
+        return y
 
     def __repr__(self) -> str:
         name = variant_name(getattr(self.denoiser, "config", {})) or type(self.denoiser).__name__
-        return f"Model({name}, {self.denoiser.num_classes:,} classes, {self.weights} weights of step {self.step:,})"
+        weights = "weights" if self.weights == "unknown" else f"{self.weights} weights"
+        step = f" of step {self.step:,}" if self.step else ""
+        return f"Model({name}, {self.denoiser.num_classes:,} classes, {weights}{step})"
 
 
 def load(
@@ -132,9 +144,11 @@ def load(
         reading: how the source is read, as for ``ditlit.checkpoints.load``.
 
     Raises:
-        InputError: when the source is missing, damaged or foreign; see ``ditlit.checkpoints.load``.
+        InputError: when the source is missing, damaged or foreign, see ``ditlit.checkpoints.load``; or for a precision
+            that the device does not compute in.
     """
-    loaded = checkpoints.load(source, weights, **reading)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Model(loaded, vae, torch.device(device), precision, compile)
+    device = torch.device(device)
+    check_precision(precision, device)
+    return Model(checkpoints.load(source, weights, **reading), vae, device, precision, compile)
