@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditlit import checkpoints
 from ditlit.data import LatentDataModule
+from ditlit.diffusion import GaussianDiffusion
 from ditlit.errors import InputError
 from ditlit.models import DiT, blocks, compiling
 from ditlit.training import TrainingMonitor
@@ -153,6 +154,40 @@ def test_a_step_on_a_gpu_waits_for_nothing(make_module, make_trainer, datamodule
 
     trained(make_module, make_trainer, datamodule, callbacks=[Strict()], log_every_n_steps=100, max_steps=6,
             accelerator="gpu")  # fmt: skip
+
+
+# Work -----------------------------------------------------------------------------------------------------------------
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that compute or move something: on a GPU each is a kernel that the host has to start."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += not (func.is_view or func is torch.ops.aten.detach.default)
+        return out
+
+
+def kernels(step):
+    step()  # what is made once
+    with Kernels() as mode:
+        step()
+    return mode.count
+
+
+def test_a_step_has_few_operations():
+    """Those of the loss, alone and with its backward pass, and those of each further block."""
+    process, counts = GaussianDiffusion(), []
+    x0, noise, t, y = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0, 5]), torch.tensor([1, 2])
+    out = torch.randn(2, 8, 8, 8, requires_grad=True)
+    assert kernels(lambda: process.loss(lambda *_: out, x0, y, t=t, noise=noise)) <= 70
+    assert kernels(lambda: process.loss(lambda *_: out, x0, y, t=t, noise=noise)["loss"].mean().backward()) <= 140
+    for depth in (1, 3):
+        model = DiT("DiT-S/2", 8, depth=depth, hidden_size=32, num_heads=2)
+        counts.append(kernels(lambda: process.loss(model, x0, y, t=t, noise=noise)["loss"].mean().backward()))  # noqa: B023
+    assert (counts[1] - counts[0]) / 2 <= 85
 
 
 # fp16 -----------------------------------------------------------------------------------------------------------------

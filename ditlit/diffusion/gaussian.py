@@ -84,6 +84,7 @@ class GaussianDiffusion:
         self.abar = (1 - SCHEDULES[schedule](num_timesteps)).cumprod(0)  # (T,) float64
         # abar with the clean end in front, so that index t + 1 is timestep t and index 0 is "no noise" (t = -1).
         self._abar = torch.cat([torch.ones(1, dtype=torch.float64), self.abar])
+        self._steps: Tensor | None = None  # what the loss needs of every timestep, on the device that it last ran on
 
     # Time --------------------------------------------------------------------------------------------------------
 
@@ -163,21 +164,30 @@ class GaussianDiffusion:
         return ((1 - abar_t / abar_s) * (1 - abar_s) / (1 - abar_t)).log().float()  # (N, 1, 1, 1)
 
     def log_variance(self, variance: Tensor | None, t: Tensor, s: Tensor) -> Tensor:
-        """Log-variance of the denoiser's step from t to s.
-
-        A raw output v in [-1, 1] interpolates between the logarithms of the posterior's variance and of beta (Nichol &
-        Dhariwal 2021, equation 15).
-        """
+        """Log-variance of the denoiser's step from t to s; a learned one lies between the posterior's and beta's."""
         small = self.posterior_log_variance(t, s)
         large = (1 - self._abar_at(t) / self._abar_at(s)).log().float()
         if variance is not None:
-            fraction = (variance + 1) / 2
-            return fraction * large + (1 - fraction) * small
+            return interpolated(variance, small, large)
         if self.fixed_variance == "small":
             return small
         return torch.where((s < 0)[:, None, None, None], small, large)
 
     # The loss --------------------------------------------------------------------------------------------------------
+
+    def _steps_at(self, t: Tensor) -> "Steps":
+        if self._steps is None or self._steps.device != t.device:
+            all_t = torch.arange(self.num_timesteps, device=t.device)
+            self._steps = torch.cat(self._steps_of(all_t), 1)[:, :, 0, 0]  # (T, 5), once for each device
+        return Steps(*self._steps[t][:, :, None, None, None].unbind(1))
+
+    def _steps_of(self, t: Tensor) -> "Steps":
+        """Computed in float64, which late timesteps need."""
+        alpha, sigma = self.scales(t)
+        abar_t, abar_s = self._abar_at(t), self._abar_at(t - 1)
+        of_x0 = (1 - abar_t / abar_s) * abar_s.sqrt() / (1 - abar_t)
+        small, large = self.posterior_log_variance(t, t - 1), (1 - abar_t / abar_s).log().float()
+        return Steps(alpha, sigma, (-of_x0 * ((1 - abar_t) / abar_t).sqrt()).float(), small, large)
 
     def loss(
         self,
@@ -198,24 +208,37 @@ class GaussianDiffusion:
             t = self.sample_timesteps(len(x0), generator, x0.device)
         if noise is None:
             noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-        x_t = self.noised(x0, t, noise)
-        eps, variance = split_variance(model(x_t, t, y), x0.shape[1])
-        mse = (eps - noise).square().flatten(1).mean(1)  # (N,)
+        steps = self._steps_at(t)
+        x_t = torch.addcmul(steps.alpha * x0, steps.sigma, noise)
+        return self._terms(model(x_t, t, y), x0, noise, t, steps)
+
+    def _terms(self, out: Tensor, x0: Tensor, noise: Tensor, t: Tensor, steps: "Steps") -> dict[str, Tensor]:
+        eps, variance = split_variance(out, x0.shape[1])
+        error = eps - noise
+        mse = error.square().flatten(1).mean(1)  # (N,)
         if variance is None or self.vlb_weight == 0:
             return {"loss": mse, "mse": mse}
-        vlb = self._vlb(eps.detach(), variance, x0, x_t, t)
+        # The posterior's means, given the true x0 and given the predicted one, differ by a multiple of that error.
+        difference = steps.deviation * error.detach()
+        log_variance = interpolated(variance, steps.small, steps.large)
+        kl = gaussian_kl(0, steps.small, difference, log_variance)
+        nll = -discretized_gaussian_log_likelihood(x0, x0 + difference, log_variance / 2)  # at t = 0 the mean is x0
+        vlb = torch.where((t == 0)[:, None, None, None], nll, kl).flatten(1).mean(1) / math.log(2)  # (N,)
         return {"loss": mse + self.vlb_weight * vlb, "mse": mse, "vlb": vlb}
 
-    def _vlb(self, eps: Tensor, variance: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        s = t - 1
-        alpha, sigma = self.scales(t)
-        mean = self.posterior_mean((x_t - sigma * eps) / alpha, x_t, t, s)
-        log_variance = self.log_variance(variance, t, s)
-        true_mean = self.posterior_mean(x0, x_t, t, s)
-        kl = gaussian_kl(true_mean, self.posterior_log_variance(t, s), mean, log_variance)
-        nll = -discretized_gaussian_log_likelihood(x0, mean, log_variance / 2)
-        term = torch.where((t == 0)[:, None, None, None], nll, kl)
-        return term.flatten(1).mean(1) / math.log(2)  # (N,) bits per dimension
+    def compile(self) -> None:
+        """Compile what the loss does with the denoiser's answer: one kernel instead of a hundred."""
+        self._terms = torch.compile(self._terms, dynamic=False)
+
+
+class Steps(NamedTuple):
+    """What the loss needs of timesteps t (N,) and the steps from t to t - 1, each (N, 1, 1, 1) in float32."""
+
+    alpha: Tensor
+    sigma: Tensor
+    deviation: Tensor  # of the posterior's mean, for each unit by which the noise is off
+    small: Tensor  # log-variance of the posterior
+    large: Tensor  # log of beta
 
 
 def split_variance(out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
@@ -224,7 +247,12 @@ def split_variance(out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
     return (out[:, :channels], out[:, channels:]) if out.shape[1] == 2 * channels else (out, None)
 
 
-def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+def interpolated(variance: Tensor, small: Tensor, large: Tensor) -> Tensor:
+    """Between two log-variances by a raw output in [-1, 1] (Nichol & Dhariwal 2021, equation 15)."""
+    return torch.lerp(small, large, (variance + 1) / 2)
+
+
+def gaussian_kl(mean1: Tensor | float, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
     """KL(N1 || N2) in nats, elementwise."""
     return 0.5 * (
         log_variance2

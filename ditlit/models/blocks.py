@@ -12,6 +12,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
+def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """x (N, T, D) and its update (N, T, D), times the gate (N, D)."""
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        return x + gate[:, None] * update  # autocast would bring all of addcmul's arguments to float32 first
+    return torch.addcmul(x, gate[:, None], update)
+
+
 def layer_norm(width: int) -> nn.LayerNorm:
     # No affine: scale and shift come from the conditioning.
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
@@ -95,8 +102,8 @@ class AdaLNZeroBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (N, T, D) tokens; c (N, D) conditioning, already through its SiLU."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)  # 6 x (N, D)
-        x = torch.addcmul(x, gate1[:, None], self.attn(modulate(self.norm1(x), shift1, scale1)))
-        return torch.addcmul(x, gate2[:, None], self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        x = gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
+        return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 class FinalLayer(nn.Module):

@@ -127,6 +127,7 @@ class DiTModule(LightningModule):
             self.fit_to(manifest)
         if stage == "fit" and self.compile_blocks:
             compile_blocks(self.denoiser, self.trainer.strategy.root_device)
+            getattr(self.process, "compile", lambda: None)()  # a process of the user's may have none
         if stage == "fit" and self.init_from is not None:
             self.initialize(self.init_from, manifest)
 
