@@ -28,6 +28,7 @@ from ditlit.training.checkpoint_files import newest_complete, set_aside
 from ditlit.training.curves import RunLogger
 from ditlit.training.devices import decided_by_rank_0, launched, prepare_ddp
 from ditlit.training.loggers import log_text
+from ditlit.training.memory import out_of_memory, ran_out
 from ditlit.training.nonfinite import Diverged
 from ditlit.training.overview import ModelLine
 from ditlit.training.run_folder import CONFIG, checkpoint_folders, find_checkpoint, run_folder, trace_of_a_run
@@ -216,8 +217,9 @@ class DitlitCLI(LightningCLI):
         parser.add_argument(
             "--save_in_background",
             type=bool,
-            default=False,
-            help="Write checkpoints while training goes on. The CPU's memory must hold one.",
+            default=True,
+            help="Write checkpoints while training goes on, for which the CPU's memory must hold one; false where it "
+            "does not.",
         )
         parser.add_argument(
             "--save_every",
@@ -333,6 +335,10 @@ class DitlitCLI(LightningCLI):
             sys.exit(1)
         except InputError as error:
             raise InputError(own_words(error)) from error
+        except RuntimeError as error:
+            if subcommand != "fit" or not ran_out(error):
+                raise
+            raise InputError(out_of_memory(self.trainer, self.model)) from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """The arguments of a command, with the checkpoint that is meant: ``last`` is the newest that is whole."""

@@ -17,11 +17,12 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from PIL import Image
 from ranks import fit, run, srun, write_config
 from test_resume import assert_same
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from ditlit import checkpoints
 from ditlit.errors import InputError
 from ditlit.training.checkpoint_files import step_of
-from ditlit.training.devices import launched, prepare_ddp, split
+from ditlit.training.devices import SYNC_BUFFERS, launched, prepare_ddp, split
 
 STATES = ("state_dict", "current_model_state")
 GATHERED_ONCE = {"class_path": "ditlit.training.FSDP2", "init_args": {"reshard_after_forward": False}}
@@ -265,7 +266,9 @@ def test_what_cannot_be_sharded_is_refused(make_module, make_trainer):
         make_trainer(strategy="fsdp2", precision="64-true").strategy.setup_environment()
 
 
-def test_ddp_is_set_up_for_a_dit_unless_the_user_chose(make_module, make_trainer):
+def test_ddp_is_set_up_for_a_dit_unless_the_user_chose(make_module, make_trainer, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)  # put back afterwards
+
     def chosen(strategy="ddp", module=make_module(), **changes):
         trainer = make_trainer(strategy=strategy, devices=2, **changes)
         prepare_ddp(trainer, module)
@@ -279,6 +282,10 @@ def test_ddp_is_set_up_for_a_dit_unless_the_user_chose(make_module, make_trainer
     assert chosen(module=other) == {"gradient_as_bucket_view": True, "static_graph": None}
     mine = DDPStrategy(gradient_as_bucket_view=False, static_graph=False)
     assert chosen(mine) == {"gradient_as_bucket_view": False, "static_graph": False}
+    trainer = make_trainer(strategy="ddp_bf16", devices=2)
+    prepare_ddp(trainer, make_module(compile=True))
+    assert trainer.strategy._ddp_comm_hook is bf16_compress_hook and not torch._dynamo.config.optimize_ddp
+    assert trainer.strategy._ddp_kwargs[SYNC_BUFFERS] is False
     with pytest.raises(InputError, match="cannot accumulate batches with static_graph"):
         chosen(DDPStrategy(static_graph=True), accumulate_grad_batches=2)
 

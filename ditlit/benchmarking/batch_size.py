@@ -2,18 +2,11 @@
 
 from collections.abc import Callable
 
-import torch
-from lightning.pytorch.utilities.memory import is_oom_error
-
 from ditlit.benchmarking.gauges import free
 from ditlit.errors import InputError
+from ditlit.training.memory import ran_out
 
 LARGEST_TRIED = 2**16
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an error says that a device's memory did not suffice."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and is_oom_error(error))
 
 
 def fits(step: Callable[[int], None], n: int) -> bool:

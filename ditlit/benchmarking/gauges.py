@@ -4,12 +4,11 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 PROCESS = Path("/proc/self")
 
@@ -83,11 +82,6 @@ class PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self._before
         return max(resident("VmHWM") - self._before, 0)
-
-
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def resident(name: str) -> int:

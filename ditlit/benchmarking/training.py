@@ -13,10 +13,11 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 
-from ditlit.benchmarking.gauges import Moment, PeakMemory, Spread, free, mark, num_bytes, seconds_between
+from ditlit.benchmarking.gauges import Moment, PeakMemory, Spread, free, mark, seconds_between
 from ditlit.benchmarking.plan import States
 from ditlit.training import DiTModule
 from ditlit.training.costs import WaitForData
+from ditlit.training.memory import num_bytes
 from ditlit.training.peaks import peak_of
 
 # The user's Trainer on one device, without what saves, draws, logs and validates, and without an early end.

@@ -54,7 +54,7 @@ class CheckpointFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         self.finish()
         if self.background:
-            checkpoint = apply_to_collection(checkpoint, torch.Tensor, copy_to_cpu)
+            checkpoint = copied(checkpoint)
             self._worker = self._worker or ThreadPoolExecutor(1, "checkpoint")
         self._do(self._save, checkpoint, path, storage_options)
 
@@ -105,8 +105,19 @@ class CheckpointFiles(TorchCheckpointIO):
             super().remove_checkpoint(path)
 
 
+def copied(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A copy in the CPU's memory; training waits only until all of it is there."""
+    copy = apply_to_collection(checkpoint, torch.Tensor, copy_to_cpu)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copy
+
+
 def copy_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    """A copy of a tensor; from a GPU to pinned memory, several times as fast, and not there yet."""
+    if not tensor.is_cuda or not torch.cuda.is_available():
+        return tensor.detach().to("cpu", copy=True)
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor.detach(), non_blocking=True)
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:

@@ -96,7 +96,7 @@ def start(folder: Path, store: Path, devices: int, full: tuple[int, int] = (-1, 
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "ditlit", "fit", "--config", str(folder / "run.yaml"), "--ckpt_path", "last"]
-    command += ["--save_in_background", "true"] if OPTIONS.save_in_background else []
+    command += ["--save_in_background", str(OPTIONS.save_in_background).lower()]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     with open(folder / "log.txt", "a") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
