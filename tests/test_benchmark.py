@@ -31,7 +31,7 @@ from ditlit.training import costs
 from ditlit.training.peaks import product_dtype
 
 FAST = ("--config", "digits.yaml", "--trainer.accelerator", "cpu", "--warmup", "2", "--repeats", "3",
-        "--data.global_batch_size", "8", "--model.denoiser.depth", "1")  # fmt: skip
+        "--data.global_batch_size", "8", "--model.denoiser.depth", "1", "--compare", "none", "--gpus", "")  # fmt: skip
 TRAINER = {"accelerator": "cpu", "accumulate_grad_batches": 1}
 
 
@@ -497,7 +497,7 @@ def test_too_large_a_batch_says_what_to_do(make_build, monkeypatch):
     build = make_build(trainer=TRAINER | {"accumulate_grad_batches": 2})
     monkeypatch.setattr(type(build().module), "training_step", lambda *args: limited(3)(4))
     with pytest.raises(InputError, match="out of memory with 4 samples at once: raise --trainer"):
-        Benchmark(build, Settings()).run()
+        Benchmark(build, Settings(plan="1 step, 1 GPU")).run()
 
 
 class Plain(nn.Module):
@@ -516,7 +516,7 @@ class Plain(nn.Module):
 def test_other_denoisers_are_timed_and_not_counted(make_build, monkeypatch):
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     build = make_build(denoiser=Plain())
-    report = Benchmark(build, Settings(warmup=2, repeats=2, plan="1 step, 1 GPU")).run()
+    report = Benchmark(build, Settings(warmup=2, repeats=2, compare="none", plan="1 step, 1 GPU")).run()
     assert report.subject.macs is report.ceiling.measured is report.training["ditlit"].of_ceiling is None
     assert report.training["ditlit"].images_per_second > 0 and not report.sampling
     assert report.plan_rows[1].why == "this denoiser has no use_checkpoint"
@@ -574,8 +574,59 @@ def test_one_process_measures(make_build, monkeypatch):
         Benchmark(make_build(), Settings())
 
 
+def test_alone_it_answers_everything(monkeypatch, tmp_path, capsys):
+    """Of a recipe whose store is not here: steps, ceiling, diffusers, sampling, and the run on one, 8 and 64 GPUs."""
+    monkeypatch.chdir(tmp_path)
+    small = ["--model.denoiser.depth", "1", "--model.denoiser.hidden_size", "32", "--model.denoiser.num_heads", "2",
+             "--data.global_batch_size", "16", "--warmup", "2", "--repeats", "2", "--model.compile", "false",
+             "--trainer.precision", "32-true", "--model.sampling.num_steps", "2"]  # fmt: skip
+    BenchmarkCLI(["--config", "xl2.yaml", "--trainer.accelerator", "cpu", *small]).benchmark()
+    text = capsys.readouterr().out
+    report = json.loads(Path("runs/xl2/benchmark.json").read_text())
+    assert set(report["training"]) == set(report["sampling"]) == {"ditlit", "diffusers"}
+    assert "Ceiling: " in text and "Speed of ditlit relative to diffusers: " in text and "synthetic" in text
+    one, eight, many = report["run_rows"]
+    assert report["run_steps"] == 400_000 and one["step"] == report["training"]["ditlit"]["step"]["median"]
+    assert eight["hours"] == pytest.approx(400_000 * eight["step"] / 3600)
+    assert eight["gpu_hours"] == pytest.approx(8 * eight["hours"])
+    assert many["why"] == "global_batch_size 16 does not divide evenly"
+    assert "The run: 400,000 steps of 16 images" in text and "\n  8 GPUs " in text and "\n  64 GPUs " in text
+
+
+def test_a_batch_that_does_not_fit_at_once_is_measured_in_parts(make_build, monkeypatch):
+    """8 samples are halved until 2 fit; the shares of more GPUs are measured so too."""
+    tried = []
+    original = benchmarking.measure_training
+
+    def measure(subject, *rest):
+        batch = subject.datamodule.global_batch_size // subject.trainer["accumulate_grad_batches"]
+        tried.append((subject.datamodule.global_batch_size, batch))
+        if batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(subject, *rest)
+
+    monkeypatch.setattr(benchmarking, "measure_training", measure)
+    settings = Settings(warmup=2, repeats=1, compare="none", gpus="1,2,4")
+    report = Benchmark(make_build(trainer=TRAINER | {"max_steps": 100}), settings).run()
+    assert tried == [(8, 8), (8, 4), (8, 2), (4, 2), (2, 2)]
+    assert report.subject.accumulate == 4 and [row.setting for row in report.run_rows] == ["1 GPU", "2 GPUs", "4 GPUs"]
+    monkeypatch.setattr(benchmarking, "measure_training", lambda *_: runs_out())
+    with pytest.raises(InputError, match="out of memory with 1 sample at once"):
+        Benchmark(make_build(), settings).run()
+
+
+def runs_out():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_the_numbers_of_gpus_are_numbers():
+    for text in ("8 GPUs", "0", "-1"):
+        with pytest.raises(InputError, match="--gpus takes numbers separated by commas"):
+            Settings(gpus=text)
+
+
 def test_contenders_that_are_not_known_are_refused(run):
-    with pytest.raises(InputError, match="--compare takes diffusers, got 'nanogpt'"):
+    with pytest.raises(InputError, match="--compare takes auto or diffusers or none, got 'nanogpt'"):
         run("--compare", "nanogpt")
 
 

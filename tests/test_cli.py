@@ -325,7 +325,7 @@ def test_a_setting_that_does_not_exist_is_named_with_its_file(monkeypatch, capsy
         ("fit --model.denoiser.positions x", "--model.denoiser.positions takes sincos or learned, got 'x'"),
         ("fit --model.ema.decay x", "--model.ema.decay takes float, got 'x'"),
         ("fit --data.seed x", "--data.seed takes int, got 'x'"),
-        ("benchmark --compare x", "--compare takes diffusers, got 'x'"),
+        ("benchmark --compare x", "--compare takes auto or diffusers or none, got 'x'"),
     ],
 )
 def test_a_value_that_a_setting_does_not_take_is_answered_with_what_it_takes(monkeypatch, capsys, words, said):

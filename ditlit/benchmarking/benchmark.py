@@ -11,10 +11,10 @@ from typing import Literal
 from lightning.pytorch import Trainer
 from torch import nn
 
-from ditlit.benchmarking.batch_size import accumulation, largest_batch, ran_out
+from ditlit.benchmarking.batch_size import accumulation, largest_batch
 from ditlit.benchmarking.ceiling import Products
 from ditlit.benchmarking.contenders import DiffusersDiT, DiffusersTraining, check_comparable
-from ditlit.benchmarking.plan import Measured, Plan, Reason, plan_rows, share_of_gpu
+from ditlit.benchmarking.plan import Measured, Plan, Reason, plan_rows, row_of, share_of_gpu
 from ditlit.benchmarking.report import TRAINING_PASSES, Ceiling, LargestBatch, Machine, Measurand, Report, Speed
 from ditlit.benchmarking.sampling import measure_sampling, sampling_precision
 from ditlit.benchmarking.synthetic import SyntheticLatents
@@ -34,11 +34,13 @@ from ditlit.errors import InputError, check_positive, counted
 from ditlit.models import DiT, macs, num_parameters
 from ditlit.training import DiTModule
 from ditlit.training.devices import PRECISIONS
+from ditlit.training.memory import ran_out
 from ditlit.training.peaks import product_dtype
 
 Build = Callable[[], Subject]
 CEILING = "matrix products"
 SYNTHETIC = "synthetic"
+STEPS = 100_000  # of a run whose configuration gives no number
 CHECKPOINTING = "use_checkpoint"  # a keyword of denoisers
 # Settings of a plan: whether blocks are recomputed, and whether they are compiled.
 VARIANTS = {"plain": (False, False), "checkpointing": (True, False), "compile": (False, True)}
@@ -51,24 +53,33 @@ class Settings:
     Args:
         warmup: steps before those that count, 2 at least.
         repeats: steps that count.
-        compare: also measure diffusers' DiT of equal depth and width, taking turns with ours.
+        compare: also measure diffusers' DiT of equal depth and width, taking turns with ours; auto where it has one.
         find_batch_size: also find the most samples that fit the GPU at once. The configuration keeps its batch.
         plan: also work out a run such as "400k steps, 8 GPUs": hours, GPU-hours and memory with and without
             checkpointing, compiling and FSDP. Steps are measured with one GPU's share of the batch.
+        gpus: without a plan, so many GPUs like this one of which to say what the whole run takes, separated by commas.
+            Each share of the batch is measured, in parts where it does not fit at once.
         out: file for the results, by default benchmark.json in trainer.default_root_dir. It is written over.
     """
 
     warmup: int = 3
     repeats: int = 10
-    compare: Literal["diffusers"] | None = None
+    compare: Literal["auto", "diffusers", "none"] = "auto"
     find_batch_size: bool = False
     plan: str | None = None
+    gpus: str = "1,8,64"
     out: str | None = None
 
     def __post_init__(self):
         if self.warmup < 2:
             raise InputError(f"--warmup is 2 at least, since the first step still makes room, got {self.warmup}")
         check_positive(repeats=self.repeats)
+        if not all(word.isdecimal() and int(word) for word in self.counts):
+            raise InputError(f"--gpus takes numbers separated by commas, such as 1,8,64, got {self.gpus!r}")
+
+    @property
+    def counts(self) -> list[str]:
+        return [word.strip() for word in self.gpus.split(",") if word.strip()]
 
 
 class Benchmark:
@@ -97,8 +108,7 @@ class Benchmark:
         self.gpus = 1 if self.plan is None else self.plan.gpus
         self.share = share_of_gpu(self.global_batch_size, self.gpus, self.accumulate)
         self.micro_batch = self.share // self.accumulate
-        if settings.compare:
-            check_comparable(self.denoiser)
+        self.compare, self.not_compared = compared(settings.compare, self.denoiser)
         with quiet():
             trainer = self.subject.trainer_of()
         self.device, self.precision = trainer.strategy.root_device, str(trainer.precision)
@@ -110,43 +120,67 @@ class Benchmark:
 
     def run(self) -> Report:
         """Measure, one thing after the other."""
-        checkpointing = self.denoiser.config.get(CHECKPOINTING, False)
-        data = self.take_data(self.subject)
+        largest = self.find_batch_size() if self.settings.find_batch_size else None
+        training, ceiling, data = self.measure_training()
         subject = Measurand(
             denoiser_name(self.denoiser), parameters_of(self.denoiser), macs_of(self.denoiser), self.precision,
-            checkpointing, self.subject.module.compile_blocks, self.global_batch_size, self.share, self.accumulate,
-            data,
+            self.denoiser.config.get(CHECKPOINTING, False), self.subject.module.compile_blocks, self.global_batch_size,
+            self.share, self.accumulate, data,
         )  # fmt: skip
-        largest = self.find_batch_size() if self.settings.find_batch_size else None
-        training, ceiling = self.measure_training()
         report = Report(
             Machine.of(self.device), subject, self.settings.warmup, self.settings.repeats, ceiling,
             self.training_speeds(training, ceiling), training.startup,
-            None if data.startswith(SYNTHETIC) else training.waited, largest_batch=largest, plan=self.plan,
+            None if data.startswith(SYNTHETIC) else training.waited, self.not_compared, largest_batch=largest,
+            plan=self.plan,
         )  # fmt: skip
         self.measure_sampling(report)
         if self.plan is not None:
             found = {name: self.variant(name, training) for name in VARIANTS}
             report.plan_rows = plan_rows(self.plan, found, self.gathered())
+        elif self.settings.counts:
+            steps = self.subject.trainer.get("max_steps", -1)
+            report.run_steps = steps if steps > 0 else STEPS
+            for gpus in map(int, self.settings.counts):
+                plan, found = Plan(report.run_steps, gpus), self.on(gpus, training)
+                report.run_rows.append(row_of(plan, counted(gpus, "GPU"), found, "measured"))
         return report
 
     # Training ----------------------------------------------------------------------------------------------------
 
-    def take_data(self, subject: Subject) -> str:
-        """Let a subject read the configuration's stores, or synthetic latents where they are not there; says which."""
+    def take_data(self, subject: Subject, share: int | None = None, micro_batch: int | None = None) -> str:
+        """Let a subject read the configuration's stores, or synthetic latents where they are not there; says which.
+
+        Args:
+            share: samples of a step, by default this device's.
+            micro_batch: of them at once.
+        """
         data, denoiser = subject.datamodule, subject.module.denoiser
         local = [where for where in (*data.locations, data.val_store) if where is not None and not is_remote(where)]
         missing = next((where for where in local if not (Path(where) / MANIFEST).exists()), None)
         if missing is not None:
             shape = (denoiser.in_channels, *denoiser.input_size)
-            subject.datamodule = SyntheticLatents(shape, denoiser.num_classes, self.micro_batch)
+            subject.datamodule = SyntheticLatents(shape, denoiser.num_classes, micro_batch or self.micro_batch)
             return f"{SYNTHETIC}, since there is no store at {missing}"
-        data.global_batch_size = self.share
+        data.global_batch_size = share or self.share
         data.verify = False  # it reads every byte; `fit` does it
         return ", ".join(data.locations)
 
-    def measure_training(self) -> tuple[TrainingResult, Ceiling]:
-        say(f"training steps of {counted(self.share, 'sample')}")
+    def measure_training(self) -> tuple[TrainingResult, Ceiling, str]:
+        """Steps, what they are measured against, and what is read; in more parts where they do not fit at once."""
+        while True:
+            data = self.take_data(self.subject)
+            try:
+                return *self.measure_steps(), data
+            except Exception as error:
+                if not ran_out(error) or self.plan is not None or self.micro_batch % 2:
+                    with enough_memory(self.micro_batch):
+                        raise
+            self.accumulate, self.micro_batch = 2 * self.accumulate, self.micro_batch // 2
+            self.subject = self.build()
+            self.subject.trainer["accumulate_grad_batches"] = self.accumulate
+
+    def measure_steps(self) -> tuple[TrainingResult, Ceiling]:
+        say(f"training steps of {counted(self.share, 'sample')}, {self.micro_batch} at once")
         makers: dict[str, MakeTurn] = {}
         products: list[Products] = []
         dtype = product_dtype(self.precision)
@@ -157,10 +191,9 @@ class Benchmark:
                 return lambda batches: products[0]()
 
             makers[CEILING] = make_products
-        if self.settings.compare:
-            makers[self.settings.compare] = DiffusersTraining
-        with enough_memory(self.micro_batch):
-            found = measure_training(self.subject, self.settings.warmup, self.settings.repeats, makers)
+        if self.compare:
+            makers[self.compare] = DiffusersTraining
+        found = measure_training(self.subject, self.settings.warmup, self.settings.repeats, makers)
         spread = found.turns.get(CEILING)
         measured = products[0].flops / spread.median if products else None
         shape = products[0].shape if products else None
@@ -168,11 +201,25 @@ class Benchmark:
 
     def training_speeds(self, found: TrainingResult, ceiling: Ceiling) -> dict[str, Speed]:
         steps = {"ditlit": (found.step, found.peak)}
-        if self.settings.compare:
-            name = self.settings.compare
+        if name := self.compare:
             steps[name] = (found.turns[name], found.turn_peaks[name])
         of_step = None if macs_of(self.denoiser) is None else TRAINING_PASSES * macs_of(self.denoiser) * self.share
         return {name: Speed.of(s, self.share / s.median, of_step, ceiling, peak) for name, (s, peak) in steps.items()}
+
+    def on(self, gpus: int, training: TrainingResult) -> Measured | Reason:
+        """A step with each GPU's share of the batch: as measured already, measured now, or why it cannot be."""
+        if self.global_batch_size % gpus:
+            return f"global_batch_size {self.global_batch_size} does not divide evenly"
+        share = self.global_batch_size // gpus
+        if share == self.share:
+            return measured(training)
+        accumulate = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= self.micro_batch)
+        subject = self.build()
+        subject.trainer["accumulate_grad_batches"] = accumulate
+        self.take_data(subject, share, share // accumulate)
+        say(f"training steps of {counted(share, 'sample')}, the share of each of {counted(gpus, 'GPU')}")
+        with enough_memory(share // accumulate):
+            return measured(measure_training(subject, self.settings.warmup, self.settings.repeats, {}))
 
     def variant(self, name: str, training: TrainingResult) -> Measured | Reason:
         """A setting of the plan: as measured already, measured now, or why it cannot be."""
@@ -237,8 +284,8 @@ class Benchmark:
         fresh = self.build().module.denoiser  # nothing compiled for training
         fresh.load_state_dict(self.denoiser.state_dict())
         denoisers = {"ditlit": fresh}
-        if self.settings.compare:
-            denoisers[self.settings.compare] = DiffusersDiT(self.denoiser)
+        if self.compare:
+            denoisers[self.compare] = DiffusersDiT(self.denoiser)
         precision = sampling_precision(self.precision, self.matmul_precision)
         with enough_memory(self.micro_batch):
             found = measure_sampling(
@@ -267,6 +314,19 @@ def enough_memory(n: int) -> Iterator[None]:
             "--model.denoiser.use_checkpoint true, or give each GPU less with --plan; --find_batch_size true finds "
             "what fits"
         ) from error
+
+
+def compared(compare: str, denoiser: nn.Module) -> tuple[str | None, Reason | None]:
+    """What to compare with, and why with nothing where that was not to be foreseen."""
+    if compare == "none":
+        return None, None
+    try:
+        check_comparable(denoiser)
+    except InputError as error:
+        if compare != "auto":
+            raise
+        return None, str(error)
+    return "diffusers", None
 
 
 def measured(found: TrainingResult) -> Measured:

@@ -13,11 +13,11 @@ from ditlit.benchmarking.training import Subject
 from ditlit.cli import DitlitCLI, help_texts
 from ditlit.data.folders import SHOWN, check_output, write_atomically, writing
 
-DESCRIPTION = """Measure what a configuration costs, before training it. Example: ditlit benchmark --config xl2.yaml
-    --data.store /data/imagenet-latents --compare diffusers --plan "400k steps, 8 GPUs". Steps are those of fit on one
-    device, with every setting that fit takes, but for callbacks, loggers, validation and checkpoints. Without the
-    store, synthetic latents take its place. Images per second, utilisation (of the datasheet, and of matrix products
-    measured in the same run), memory and the wait for data are printed, and written as JSON."""
+DESCRIPTION = """Measure what a configuration costs, before training it. Example: ditlit benchmark --config xl2.yaml.
+    Steps are those of fit on one device, with every setting that fit takes, but for callbacks, loggers, validation and
+    checkpoints. Without the store, synthetic latents take its place. Images per second, utilisation (of the datasheet,
+    and of matrix products measured in the same run), memory, diffusers' DiT beside it, and what the whole run takes on
+    so many GPUs are printed, and written as JSON."""
 RESULTS = "benchmark.json"
 
 

@@ -148,11 +148,14 @@ class Report:
     training: dict[str, Speed]
     startup_seconds: float
     data_wait_share: float | None
+    not_compared: str | None = None  # and why
     sampling: dict[str, Speed] = field(default_factory=dict)
     sampler: dict[str, Any] = field(default_factory=dict)
     largest_batch: LargestBatch | None = None
     plan: Plan | None = None
     plan_rows: list[Row] = field(default_factory=list)
+    run_steps: int | None = None
+    run_rows: list[Row] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -17,6 +17,8 @@ def as_text(report: Report) -> str:
     parts = [heading(report), speeds(report), remarks(report)]
     if report.plan is not None:
         parts.append(planned(report, report.plan))
+    if report.run_rows:
+        parts.append(whole_run(report))
     return "\n\n".join(parts)
 
 
@@ -86,6 +88,8 @@ def remarks(report: Report) -> str:
         pairs = (("training", report.training), ("sampling", report.sampling))
         ratios = [f"{found[other].step.median / found['ditlit'].step.median:.2f}x in {of}" for of, found in pairs]
         lines.append(f"Speed of ditlit relative to {other}: {', '.join(ratios)}.")
+    if report.not_compared is not None:
+        lines.append(f"Not compared with diffusers: {report.not_compared.removeprefix('--compare diffusers ')}.")
     if report.largest_batch is not None:
         lines.append(largest(report))
     return "\n".join(lines)
@@ -109,6 +113,15 @@ def planned(report: Report, plan: Plan) -> str:
         "activations and the gathered block. Hours take scaling to be perfect, without validation and checkpoints.",
     ]
     return "\n".join([title, aligned([PLANNED, *map(planned_row, report.plan_rows)]), *notes])
+
+
+def whole_run(report: Report) -> str:
+    title = f"The run: {report.run_steps:,} steps of {report.subject.global_batch_size} images on GPUs like this one"
+    notes = [
+        "Measured on this device with each GPU's share of the batch; hours take scaling to be perfect, without",
+        "validation and checkpoints.",
+    ]
+    return "\n".join([title, aligned([PLANNED, *map(planned_row, report.run_rows)]), *notes])
 
 
 def planned_row(row: Row) -> list[str]:
