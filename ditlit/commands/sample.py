@@ -1,7 +1,7 @@
 """``ditlit sample``: images from a checkpoint."""
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -48,7 +48,7 @@ def sample(
     guidance_interval: tuple[int, int] | str | None = None,
     seed: int = 0,
     batch_size: int = 32,
-    precision: Literal["32", "tf32", "bf16", "fp16"] = "32",
+    precision: Literal["32", "tf32", "bf16", "fp16"] | None = None,
     compile: bool = False,
     vae: str | None = None,
     decode_batch_size: int = 16,
@@ -91,8 +91,8 @@ def sample(
         guidance_interval: guide only at timesteps between these two: LOWEST,HIGHEST.
         seed: of all noise.
         batch_size: images drawn at once on each device.
-        precision: of the denoiser. tf32 is float32 with fast matrix products on GPUs, in the VAE too, which is float32
-            otherwise.
+        precision: of the denoiser; by default tf32 on GPUs and 32 on CPUs. tf32 is float32 with fast matrix products,
+            in the VAE too, which is float32 otherwise.
         compile: compile the denoiser, which pays for many images.
         vae: folder or hub name of the VAE, instead of the one that the checkpoint names.
         decode_batch_size: images decoded at once.
@@ -124,6 +124,7 @@ def sample(
     scales = numbers(sheet_scales)
     for scale in scales:
         replace(sampling, guidance_scale=scale)  # refuses one that is none
+    precision = precision or ("tf32" if accelerator != "cpu" and torch.cuda.is_available() else "32")
     loaded = checkpoints.load(ckpt, weights, **reading)
     sampling.check(loaded.process, loaded.denoiser.in_channels)
     num_classes = loaded.denoiser.num_classes
@@ -234,15 +235,21 @@ def draw_missing(
     fabric.barrier()  # all have looked before any writes
     mine = share(todo, fabric)
     count, my_count = sum(map(len, todo)), sum(map(len, mine))
+    written: list[Future] = []
     start = time.perf_counter()
     with Progress("sampling", len(y), len(y) - count, my_count, fabric) as progress, ThreadPoolExecutor(4) as threads:
         for batch in mine:
             frames = Frames(drawer, save_steps) if save_steps and batch[0] == 0 else None
             latents = drawer.draw(batch, y[batch], callback=frames)
-            folder.write(batch, drawer.images(latents, batch), latents, threads)
+            images = drawer.images(latents, batch)
+            for file in written:  # of the batch before, while this one was drawn
+                file.result()
+            written = folder.write(batch, images, latents, threads)
             if frames is not None:
                 save_animation(frames.pictures(), animation, seconds_a_frame=0.1)
             progress.advance(len(batch))
+        for file in written:
+            file.result()
     if mine and fabric.global_rank == 0:
         print(f"{count / (time.perf_counter() - start):,.2f} images/s")
 

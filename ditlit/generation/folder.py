@@ -6,7 +6,7 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,13 @@ class SampleFolder:
             names.add(self.latents_path(batch).name)
         return not names <= self._present
 
-    def write(self, batch: Sequence[int], images: Tensor, latents: Tensor, threads: ThreadPoolExecutor) -> None:
-        """Write a batch's images (N, C, H, W), bytes, and latents, those that are not there."""
+    def write(self, batch: Sequence[int], images: Tensor, latents: Tensor, threads: ThreadPoolExecutor) -> list[Future]:
+        """Write a batch's latents, and begin to write its images (N, C, H, W), bytes: those that are not there."""
         missing = [(i, image) for i, image in zip(batch, images, strict=True) if self._lacks_image(i)]
-        list(threads.map(lambda item: save_png(item[1], self.image_path(item[0])), missing))
         if self.keep_latents:
             tensors = {"latents": latents.cpu(), "labels": self.labels[list(batch)], "index": torch.tensor(batch)}
             write_atomically(self.latents_path(batch), safetensors.torch.save(tensors))
+        return [threads.submit(save_png, image, self.image_path(i)) for i, image in missing]
 
     def _lacks_image(self, index: int) -> bool:
         return self.image_path(index).name not in self._present
