@@ -28,7 +28,7 @@ from ditlit.training.checkpoint_files import newest_complete, set_aside
 from ditlit.training.curves import RunLogger
 from ditlit.training.devices import decided_by_rank_0, launched, prepare_ddp
 from ditlit.training.loggers import log_text
-from ditlit.training.memory import out_of_memory, place_of, ran_out
+from ditlit.training.memory import out_of_memory, ran_out
 from ditlit.training.nonfinite import Diverged
 from ditlit.training.overview import ModelLine
 from ditlit.training.run_folder import CONFIG, checkpoint_folders, find_checkpoint, run_folder, trace_of_a_run
@@ -240,8 +240,11 @@ class DitlitCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         words = with_found_configs(sys.argv[1:] if args is None else args)
         commands = getattr(self, "_subcommand_parsers", {})
+        command = next((word for word in words if word in commands), None)
+        if commands and command is None and words:
+            raise InputError(f"a command comes first: ditlit {' | '.join(commands)}, then its settings")
         try:
-            self.config = parsed(parser, words, next((commands[word] for word in words if word in commands), parser))
+            self.config = parsed(parser, words, commands.get(command, parser))
         except InputError as error:
             if "required" not in str(error) or any(word.split("=")[0] in CONFIG_OPTIONS for word in words):
                 raise
@@ -324,7 +327,6 @@ class DitlitCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-            return
         except Interrupted as stop:
             if not self.trainer.is_global_zero:
                 sys.exit(0)  # a launcher would take anything else for a crash, and kill rank 0
@@ -339,8 +341,7 @@ class DitlitCLI(LightningCLI):
         except RuntimeError as error:
             if subcommand != "fit" or not ran_out(error):
                 raise
-            place = place_of(error)
-        raise InputError(out_of_memory(self.trainer, self.model, place))  # the error has let go of the step by now
+            raise InputError(out_of_memory(self.trainer, self.model, error)) from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """The arguments of a command, with the checkpoint that is meant: ``last`` is the newest that is whole."""

@@ -11,6 +11,8 @@ from typing import Any, get_args
 import yaml
 from jsonargparse import ArgumentParser
 
+from ditlit.errors import InputError
+
 MOST = 3  # names that are offered
 
 
@@ -38,12 +40,20 @@ def unknown_setting(parser: ArgumentParser, words: Sequence[str]) -> str | None:
 
 
 def _mapping(file: str) -> dict:
-    """What a YAML file holds; nothing where it cannot be read, of which others tell."""
+    """What a YAML file holds; nothing where it cannot be read, of which others tell.
+
+    Raises:
+        InputError: for a file that holds no settings.
+    """
     try:
-        content = yaml.safe_load(Path(file).read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        content = yaml.safe_load(Path(file).read_bytes())
+    except OSError:
         return {}
-    return content if isinstance(content, dict) else {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds no settings" + ("" if content is None else f", but {content!r:.60}"))
+    return content
 
 
 def _value(word: str) -> Any:

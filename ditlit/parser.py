@@ -162,7 +162,7 @@ def parsed(parser: Parser, words: Sequence[str], of: Parser | None = None) -> Na
         raise SystemExit
     try:
         return parser.parse_args(list(words))
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, UnicodeDecodeError) as error:
         raise InputError(unknown_setting(of, words) or one_line(str(error))) from error
 
 

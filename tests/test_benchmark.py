@@ -18,7 +18,7 @@ from ditlit.benchmarking.ceiling import Products
 from ditlit.benchmarking.cli import BenchmarkCLI
 from ditlit.benchmarking.contenders import DiffusersDiT, DiffusersTraining, check_comparable
 from ditlit.benchmarking.gauges import PROCESS, PeakMemory, Spread
-from ditlit.benchmarking.plan import Measured, Plan, plan_rows, share_of_gpu
+from ditlit.benchmarking.plan import Measured, Plan, States, plan_rows, share_of_gpu
 from ditlit.benchmarking.report import LargestBatch
 from ditlit.benchmarking.table import as_text, number, seconds
 from ditlit.benchmarking.training import Subject, gathered_bytes, measure_training
@@ -28,7 +28,6 @@ from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.errors import InputError
 from ditlit.models import DiT, compiling, macs
 from ditlit.training import costs
-from ditlit.training.memory import States
 from ditlit.training.peaks import product_dtype
 
 FAST = ("--config", "digits.yaml", "--trainer.accelerator", "cpu", "--warmup", "2", "--repeats", "3",

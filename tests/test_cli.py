@@ -316,6 +316,25 @@ def test_a_setting_that_does_not_exist_is_named_with_its_file(monkeypatch, capsy
 
 
 @pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "x.yaml holds no settings"),
+        (b"3", "x.yaml holds no settings, but 3"),
+        (b"a: [", "x.yaml is no YAML: while parsing a flow node"),
+        (b"\x81\x00", "x.yaml is no YAML: unacceptable character"),
+    ],
+)
+def test_a_file_without_settings_is_named(monkeypatch, capsys, content, said):
+    Path("x.yaml").write_bytes(content)
+    assert said_by(monkeypatch, capsys, "fit", "--config", "x.yaml").startswith(said)
+
+
+def test_settings_without_a_command_are_answered_with_the_commands(monkeypatch, capsys):
+    said = said_by(monkeypatch, capsys, "--config", "digits.yaml")
+    assert said.startswith("a command comes first: ditlit fit | validate | test | predict")
+
+
+@pytest.mark.parametrize(
     "words, said",
     [
         ("sample --ckpt a --out b --num_steps x", "--num_steps takes int, got 'x'"),

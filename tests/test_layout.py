@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "hub": set(),
     "quiet": set(),
     "pulse": set(),
-    "mistakes": set(),
+    "mistakes": {"errors"},
     "parser": {"errors", "mistakes"},
     "models": {"errors"},
     "diffusion": {"errors"},

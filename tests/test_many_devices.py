@@ -266,9 +266,8 @@ def test_what_cannot_be_sharded_is_refused(make_module, make_trainer):
         make_trainer(strategy="fsdp2", precision="64-true").strategy.setup_environment()
 
 
-def test_ddp_is_set_up_for_a_dit_unless_the_user_chose(make_module, make_trainer, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)  # put back afterwards
-
+@torch._dynamo.config.patch(optimize_ddp=True)  # put back afterwards
+def test_ddp_is_set_up_for_a_dit_unless_the_user_chose(make_module, make_trainer):
     def chosen(strategy="ddp", module=make_module(), **changes):
         trainer = make_trainer(strategy=strategy, devices=2, **changes)
         prepare_ddp(trainer, module)

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
+from ditlit.benchmarking.gauges import free
 from ditlit.errors import InputError
-from ditlit.training.memory import free, ran_out
+from ditlit.training.memory import ran_out
 
 LARGEST_TRIED = 2**16
 

@@ -27,13 +27,14 @@ from ditlit.benchmarking.training import (
     measure_training,
     quiet,
 )
+from ditlit.checkpoints.contents import variant_name
 from ditlit.data.folders import is_remote
 from ditlit.data.manifest import MANIFEST
 from ditlit.errors import InputError, check_positive, counted
 from ditlit.models import DiT, macs, num_parameters
 from ditlit.training import DiTModule
 from ditlit.training.devices import PRECISIONS
-from ditlit.training.memory import denoiser_name, ran_out
+from ditlit.training.memory import ran_out
 from ditlit.training.peaks import product_dtype
 
 Build = Callable[[], Subject]
@@ -338,6 +339,10 @@ def macs_of(denoiser: nn.Module) -> int | None:
 
 def parameters_of(denoiser: nn.Module) -> int:
     return num_parameters(denoiser) if isinstance(denoiser, DiT) else sum(p.numel() for p in denoiser.parameters())
+
+
+def denoiser_name(denoiser: nn.Module) -> str:
+    return variant_name(denoiser.config) if isinstance(denoiser, DiT) else type(denoiser).__name__
 
 
 def say(what: str) -> None:

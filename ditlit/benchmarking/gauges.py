@@ -1,6 +1,7 @@
 """Moments on a device, spreads of durations, and peaks of memory."""
 
 import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Sequence
@@ -94,3 +95,10 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def free() -> None:
+    """Give back what is no longer in use."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ditlit.errors import InputError
-from ditlit.training.memory import States
 
 WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*steps?\s*,\s*(\d+)\s*gpus?\s*", re.IGNORECASE)
 FACTORS = {"": 1, "k": 1_000, "m": 1_000_000}
@@ -47,6 +46,20 @@ def share_of_gpu(global_batch_size: int, gpus: int, accumulate: int) -> int:
             f"accumulated batches; choose a multiple of {gpus * accumulate}"
         )
     return global_batch_size // gpus
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of what a run keeps between its steps, unsharded: by the number and type of the parameters."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.average
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditlit.benchmarking.gauges import Moment, PeakMemory, Spread, mark, seconds_between
+from ditlit.benchmarking.gauges import Moment, PeakMemory, Spread, free, mark, seconds_between
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.generation.drawing import WEIGHTS, Drawer, Precision, matmul_precision
-from ditlit.training.memory import free, num_bytes
+from ditlit.training.memory import num_bytes
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The training step as ``fit`` runs it, timed from one end of a step to the next."""
 
+import itertools
 import logging
 import tempfile
 import warnings
@@ -12,10 +13,11 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 
-from ditlit.benchmarking.gauges import Moment, PeakMemory, Spread, mark, seconds_between
+from ditlit.benchmarking.gauges import Moment, PeakMemory, Spread, free, mark, seconds_between
+from ditlit.benchmarking.plan import States
 from ditlit.training import DiTModule
 from ditlit.training.costs import WaitForData
-from ditlit.training.memory import States, free, states_of
+from ditlit.training.memory import num_bytes
 from ditlit.training.peaks import peak_of
 
 # The user's Trainer on one device, without what saves, draws, logs and validates, and without an early end.
@@ -194,6 +196,19 @@ def measure_training(subject: Subject, warmup: int, repeats: int, makers: Mappin
     timer = StepTimer(warmup, makers)
     subject.fit(warmup + repeats, callbacks=[timer], profiler=timer.wait)
     return timer.result()
+
+
+def states_of(module: DiTModule, optimizer: torch.optim.Optimizer) -> States:
+    """Bytes of the weights, of all their gradients, of the optimizer's state, and of the float32 average."""
+    parameters = list(module.denoiser.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    kept = itertools.chain.from_iterable(state.values() for state in optimizer.state.values())
+    return States(
+        weights=num_bytes(parameters),
+        gradients=num_bytes(trained),
+        optimizer=num_bytes(value for value in kept if isinstance(value, Tensor)),
+        average=0 if module.ema is None else 4 * sum(p.numel() for p in trained),
+    )
 
 
 def gathered_bytes(denoiser: nn.Module, dtype: torch.dtype) -> int:
