@@ -227,12 +227,18 @@ def test_guidance_interval(model):
     out = guided(X, T, Y)
     assert torch.equal(out[0], model(X, T, Y)[0])
     assert torch.equal(out[1], Guided(model, 3.0, NULL)(X, T, Y)[1])
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_samplers_compute_the_unconditional_half_within_the_interval_only(model, sampler):
+    settings = dict(sampler=sampler, num_steps=5, guidance_scale=3.0)
+    timesteps: list[int] = []
+    drawn_from = (GaussianDiffusion(), model, tuple(X.shape[1:]), Y, NULL, range(2))
+    Sampling(**settings)(*drawn_from, callback=lambda step, t, x, x0: timesteps.append(t))
+    inside = timesteps[1:3]
     model.samples = 0
-    outside = torch.tensor([100, 499])
-    assert torch.equal(guided(X, outside, Y), model(X, outside, Y)) and model.samples == 4
-    model.samples = 0
-    guided(X, torch.tensor([500, 1000]), Y)
-    assert model.samples == 4
+    Sampling(**settings, guidance_interval=(inside[1], inside[0]))(*drawn_from)
+    assert model.samples == 2 * (5 + 2)
 
 
 @pytest.mark.parametrize(

@@ -44,16 +44,16 @@ class Guided:
         self.interval = interval
 
     def __call__(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        if self.scale == 1:
-            return self.model(x_t, t, y)
-        if self.interval is None:
-            return self._guided(x_t, t, y)
-        inside = (t >= self.interval[0]) & (t <= self.interval[1])  # (N,)
-        here = set(inside.tolist())  # samplers have one timestep for all samples, mixed batches are rare
-        if True not in here:
-            return self.model(x_t, t, y)
-        guided = self._guided(x_t, t, y)
-        return guided if False not in here else torch.where(inside[:, None, None, None], guided, self.model(x_t, t, y))
+        if self.scale == 1 or self.interval is None:
+            return self.at(0)(x_t, t, y)
+        low, high = self.interval
+        inside = ((t >= low) & (t <= high))[:, None, None, None]  # (N, 1, 1, 1)
+        return torch.where(inside, self._guided(x_t, t, y), self.model(x_t, t, y))
+
+    def at(self, t: int) -> Denoiser:
+        """The denoiser for samples that are all at timestep ``t``: the device need not be asked where they are."""
+        outside = self.interval is not None and not self.interval[0] <= t <= self.interval[1]
+        return self.model if self.scale == 1 or outside else self._guided
 
     def _guided(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         channels = x_t.shape[1]

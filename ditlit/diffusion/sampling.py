@@ -51,7 +51,7 @@ def ddpm(
     """
     x = noise
     for step, t, s in steps(timesteps, x):
-        prediction = process.predict(model, x, t, y)
+        prediction = process.predict(model_at(model, timesteps[step]), x, t, y)
         x = process.posterior_mean(prediction.x0, x, t, s)
         if step < len(timesteps) - 1:
             std = (process.log_variance(prediction.variance, t, s) / 2).exp()
@@ -78,7 +78,7 @@ def ddim(
     """
     x = noise
     for step, t, s in steps(timesteps, x):
-        prediction = process.predict(model, x, t, y)
+        prediction = process.predict(model_at(model, timesteps[step]), x, t, y)
         alpha_t, sigma_t = process.scales(t)
         alpha_s, sigma_s = process.scales(s)
         fresh = eta * sigma_s / sigma_t * (1 - (alpha_t / alpha_s) ** 2).sqrt()  # std of the step's noise
@@ -88,6 +88,11 @@ def ddim(
         if callback:
             callback(step, int(timesteps[step]), x, prediction.x0)
     return x
+
+
+def model_at(model: Denoiser, t: Tensor | int) -> Denoiser:
+    """The denoiser for a step that all samples take from timestep ``t``: guidance may differ from step to step."""
+    return model.at(int(t)) if isinstance(model, Guided) else model
 
 
 def steps(timesteps: Tensor, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

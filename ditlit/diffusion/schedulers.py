@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ditlit.diffusion.gaussian import Denoiser
-from ditlit.diffusion.sampling import Process, StepCallback
+from ditlit.diffusion.sampling import Process, StepCallback, model_at
 
 # Sampler -> class of diffusers and its settings. All are multistep solvers of the same ordinary differential equation,
 # deterministic, of second order.
@@ -42,9 +42,10 @@ def scheduled(
     """Sample with a scheduler of :data:`SCHEDULERS`; arguments and result as for :func:`ditlit.diffusion.ddim`."""
     scheduler = make_scheduler(name, process, num_steps)
     x = noise
-    for step, t in enumerate(scheduler.timesteps.tolist()):
-        prediction = process.predict(model, x, torch.full((len(x),), int(t), device=x.device), y)
+    for step, t in enumerate(map(int, scheduler.timesteps.tolist())):
+        at_t = torch.full((len(x),), t, device=x.device)
+        prediction = process.predict(model_at(model, t), x, at_t, y)
         x = scheduler.step(prediction.eps, scheduler.timesteps[step], x).prev_sample
         if callback:
-            callback(step, int(t), x, prediction.x0)
+            callback(step, t, x, prediction.x0)
     return x
