@@ -17,22 +17,25 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from ditlit.callbacks import SampleGrid
+from ditlit.callbacks.curves import RunLogger
+from ditlit.callbacks.loggers import log_text
+from ditlit.callbacks.overview import ModelLine
 from ditlit.data import LatentDataModule
 from ditlit.data.folders import check_writable, is_remote, open_folder
 from ditlit.data.workers import own_words
 from ditlit.errors import InputError
 from ditlit.models import DiT
+from ditlit.parallel.ddp import prepare_ddp
+from ditlit.parallel.processes import decided_by_rank_0, launched
 from ditlit.parser import Parser, Setting, parsed
-from ditlit.training import CheckpointFiles, DiTModule, Heartbeat, Interrupted, SampleGrid, StopOnSignal
-from ditlit.training.checkpoint_files import newest_complete, set_aside
-from ditlit.training.curves import RunLogger
-from ditlit.training.devices import decided_by_rank_0, launched, prepare_ddp
-from ditlit.training.loggers import log_text
-from ditlit.training.memory import out_of_memory, ran_out
-from ditlit.training.nonfinite import Diverged
-from ditlit.training.overview import ModelLine
-from ditlit.training.run_folder import CONFIG, checkpoint_folders, find_checkpoint, run_folder, trace_of_a_run
-from ditlit.training.saving import with_checkpoints
+from ditlit.resilience import CheckpointFiles, Heartbeat, Interrupted, StopOnSignal
+from ditlit.resilience.checkpoint_files import newest_complete, set_aside
+from ditlit.resilience.memory import out_of_memory, ran_out
+from ditlit.resilience.nonfinite import Diverged
+from ditlit.resilience.run_folder import CONFIG, checkpoint_folders, find_checkpoint, run_folder, trace_of_a_run
+from ditlit.resilience.saving import with_checkpoints
+from ditlit.training import DiTModule
 
 DESCRIPTIONS = {
     "fit": """Train a DiT. Example: ditlit fit --config xl2.yaml --data.store /data/imagenet-latents
@@ -61,7 +64,7 @@ line change what they say. Shipped: {shipped}.
   --help WORD                  settings with this word in their name: --help trainer, --help guidance
   --help all                   all settings
   --trainer.callbacks.help CLASS, --model.denoiser.help CLASS, ...
-                               settings of a class, such as ditlit.training.SampleGrid
+                               settings of a class, such as ditlit.callbacks.SampleGrid
   --print_config               the configuration as it would be run
 """
 

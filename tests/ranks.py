@@ -207,8 +207,8 @@ def write_config(folder: Path, store: str, strategy: str, model: dict | None = N
             "enable_model_summary": False,
             "callbacks": [
                 {"class_path": "ranks.RecordNorms", "init_args": {"folder": str(folder)}},
-                {"class_path": "ditlit.training.TrainingMonitor"},
-                {"class_path": "ditlit.training.SampleGrid", "init_args": {"classes": [0, 1], "per_class": 2}},
+                {"class_path": "ditlit.callbacks.TrainingMonitor"},
+                {"class_path": "ditlit.callbacks.SampleGrid", "init_args": {"classes": [0, 1], "per_class": 2}},
                 {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": save},
                 *callbacks,
             ],

@@ -8,10 +8,10 @@ from torch import nn
 from weights import scrambled
 
 from ditlit.analysis import read_curves
+from ditlit.callbacks import ActivationMaxima
 from ditlit.cli import DitlitCLI
 from ditlit.errors import InputError
 from ditlit.models import DiT, probes
-from ditlit.training import ActivationMaxima
 
 ARGUMENTS = dict(x_t=torch.randn(3, 4, 8, 8), t=torch.tensor([0, 500, 999]), y=torch.tensor([1, 7, 3]))
 
@@ -173,7 +173,7 @@ def test_a_configuration_may_name_it(monkeypatch, tmp_path):
     monkeypatch.setattr(DitlitCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.setattr("sys.argv", ["ditlit"])
     (tmp_path / "more.yaml").write_text(
-        "trainer:\n  callbacks+:\n  - class_path: ditlit.training.ActivationMaxima\n    init_args:\n"
+        "trainer:\n  callbacks+:\n  - class_path: ditlit.callbacks.ActivationMaxima\n    init_args:\n"
         "      every_n_steps: 10\n"
     )
     with torch.device("meta"):

@@ -14,10 +14,10 @@ from weights import scrambled
 from ditlit import analysis
 from ditlit.data import write_store
 from ditlit.data.digits import DigitJudge, load_digits
-from ditlit.data.vae import Autoencoder
 from ditlit.diffusion import GaussianDiffusion, Sampling
-from ditlit.diffusion.sampling import sample_generators
+from ditlit.diffusion.noise import sample_generators
 from ditlit.errors import InputError
+from ditlit.images.vae import Autoencoder
 from ditlit.models import DiT, probes
 from ditlit.models.conditioning import DESIGNS
 from ditlit.pictures import to_uint8

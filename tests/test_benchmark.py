@@ -22,13 +22,13 @@ from ditlit.benchmarking.plan import Measured, Plan, States, plan_rows, share_of
 from ditlit.benchmarking.report import LargestBatch
 from ditlit.benchmarking.table import as_text, number, seconds
 from ditlit.benchmarking.training import Subject, gathered_bytes, measure_training
+from ditlit.callbacks import costs
+from ditlit.callbacks.peaks import product_dtype
 from ditlit.cli import DitlitCLI
 from ditlit.data import DigitsDataModule, LatentDataModule
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.errors import InputError
 from ditlit.models import DiT, compiling, macs
-from ditlit.training import costs
-from ditlit.training.peaks import product_dtype
 
 FAST = ("--config", "digits.yaml", "--trainer.accelerator", "cpu", "--warmup", "2", "--repeats", "3",
         "--data.global_batch_size", "8", "--model.denoiser.depth", "1", "--compare", "none", "--gpus", "")  # fmt: skip

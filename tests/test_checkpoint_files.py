@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_resume import assert_same
 
 from ditlit.errors import InputError
-from ditlit.training import CheckpointFiles
-from ditlit.training.checkpoint_files import is_intact, newest_complete, set_aside, step_of, write
+from ditlit.resilience import CheckpointFiles
+from ditlit.resilience.checkpoint_files import is_intact, newest_complete, set_aside, step_of, write
 
 
 def checkpoint(step, size=1000):
@@ -149,7 +149,7 @@ def test_a_full_disk_costs_one_line_and_no_checkpoint(tmp_path):
 import resource, signal, warnings
 from pathlib import Path
 import torch
-from ditlit.training import CheckpointFiles
+from ditlit.resilience import CheckpointFiles
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 files, path = CheckpointFiles(), Path({str(tmp_path)!r}) / "step=2.ckpt"
 files.save_checkpoint({{"global_step": 1}}, path.with_name("step=1.ckpt"))
@@ -185,7 +185,7 @@ def slow(monkeypatch):
         assert gate.wait(10)
         write(content, path)
 
-    monkeypatch.setattr("ditlit.training.checkpoint_files.write", slow_write)
+    monkeypatch.setattr("ditlit.resilience.checkpoint_files.write", slow_write)
     yield started, gate
     gate.set()
 
@@ -254,14 +254,14 @@ def test_errors_end_up_where_those_of_the_foreground_do(tmp_path, monkeypatch):
 
     files, old = CheckpointFiles(background=True), tmp_path / "step=1.ckpt"
     write(checkpoint(1), old)
-    monkeypatch.setattr("ditlit.training.checkpoint_files.write", full)
+    monkeypatch.setattr("ditlit.resilience.checkpoint_files.write", full)
     with pytest.warns(UserWarning, match=r"could not save step 2 .*No space left on device.*training goes on"):
         files.save_checkpoint(checkpoint(2), tmp_path / "step=2.ckpt")
         files.remove_checkpoint(old)
         assert files.error.errno == 28
     files.teardown()
     assert old.exists()
-    monkeypatch.setattr("ditlit.training.checkpoint_files.write", write)
+    monkeypatch.setattr("ditlit.resilience.checkpoint_files.write", write)
     files.save_checkpoint(checkpoint(3), tmp_path / "step=3.ckpt")
     files.remove_checkpoint(old)
     assert files.error is None and not old.exists()
@@ -269,7 +269,7 @@ def test_errors_end_up_where_those_of_the_foreground_do(tmp_path, monkeypatch):
     def broken(content, path):
         raise MemoryError("no memory to write with")
 
-    monkeypatch.setattr("ditlit.training.checkpoint_files.write", broken)
+    monkeypatch.setattr("ditlit.resilience.checkpoint_files.write", broken)
     files.save_checkpoint(checkpoint(4), tmp_path / "step=4.ckpt")
     with pytest.raises(MemoryError, match="no memory to write with"):
         files.save_checkpoint(checkpoint(5), tmp_path / "step=5.ckpt")

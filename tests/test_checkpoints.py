@@ -16,9 +16,9 @@ from weights import assert_same, parameters, released, scrambled
 
 from ditlit import checkpoints, hub
 from ditlit.checkpoints import from_released
-from ditlit.data.vae import load_vae
 from ditlit.diffusion import GaussianDiffusion
 from ditlit.errors import InputError
+from ditlit.images.vae import load_vae
 from ditlit.models import DiT
 from ditlit.models.embeddings import sincos_positions
 from ditlit.training import DiTModule

@@ -5,10 +5,10 @@ import torch
 from jsonargparse import ArgumentParser
 
 from ditlit.__main__ import command_parser
+from ditlit.callbacks import SampleGrid
 from ditlit.data import LatentDataModule, write_store
 from ditlit.data.classes import ClassSet, match_classes, parse_classes, say_once
 from ditlit.errors import InputError, counted
-from ditlit.training import SampleGrid
 
 DIGITS = ["0", "1", "10", "2"]  # as folders of these names are sorted
 NAMES = ["tench, Tinca tinca", "crane", "White shark", "white shark", "crane"]

@@ -177,7 +177,7 @@ def test_help_finds_settings_by_a_word_and_shows_all(monkeypatch, capsys):
 
 
 def test_help_shows_the_settings_of_a_class(monkeypatch, capsys):
-    text = help_of(monkeypatch, capsys, "fit", "--trainer.callbacks.help", "ditlit.training.SampleGrid")
+    text = help_of(monkeypatch, capsys, "fit", "--trainer.callbacks.help", "ditlit.callbacks.SampleGrid")
     assert "every_n_steps" in text and "draw every so many optimizer steps" in text
 
 
@@ -214,7 +214,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
         # Within a setting that has several types, or that Lightning checks
         (["--model.ema.decay", "1.5"], r"^the decay of the EMA lies in \[0, 1\), got 1.5$"),
         (
-            ["--trainer.callbacks+=ditlit.training.SampleGrid", "--trainer.callbacks.per_class", "0"],
+            ["--trainer.callbacks+=ditlit.callbacks.SampleGrid", "--trainer.callbacks.per_class", "0"],
             "^per_class must be positive, got 0$",
         ),
         (["--model.denoiser.num_heads", "0"], "^num_heads must be positive, got 0$"),
@@ -303,7 +303,7 @@ def test_a_class_that_does_not_exist_is_named_with_the_nearest(monkeypatch, caps
         ),
         (
             "fit",
-            "trainer: {callbacks: [{class_path: ditlit.training.SampleGrid, init_args: {every_steps: 5}}]}",
+            "trainer: {callbacks: [{class_path: ditlit.callbacks.SampleGrid, init_args: {every_steps: 5}}]}",
             "trainer.callbacks.init_args.every_steps in x.yaml; did you mean trainer.callbacks.init_args.every_n_",
         ),
         ("sample", "num_stes: 5", "num_stes in x.yaml; did you mean num_steps?"),

@@ -9,7 +9,7 @@ from weights import LATENTS, assert_same, parameters, scrambled
 from ditlit import checkpoints
 from ditlit.checkpoints.timesteps import MLP, refitted
 from ditlit.commands.convert import convert
-from ditlit.diffusion import GaussianDiffusion, Guided, ddim
+from ditlit.diffusion import ClassifierFreeGuidance, GaussianDiffusion, ddim
 from ditlit.errors import InputError
 from ditlit.models import DiT
 
@@ -111,7 +111,7 @@ def test_a_stock_pipeline_draws_our_samples_for_any_number_of_classes(source, va
     with torch.no_grad():
         pictures = pipeline([2, 6], 3.0, torch.Generator().manual_seed(0), 10, output_type="np").images
         pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-        guided, process = Guided(model, 3.0, model.num_classes), GaussianDiffusion()
+        guided, process = ClassifierFreeGuidance(model, 3.0, model.num_classes), GaussianDiffusion()
         x0 = ddim(process, guided, noise, torch.tensor([2, 6]), process.timesteps(10, "ddim"))
         expected = (pipeline.vae.decode(x0 / 0.18215).sample / 2 + 0.5).clamp(0, 1)
     assert pictures.std() > 0.01
@@ -126,7 +126,7 @@ def test_schedulers_have_the_noise_of_the_process(source, vae, tmp_path, schedul
     process = GaussianDiffusion(steps, schedule)
     convert(source(scrambled(), process), str(tmp_path / "pipeline"), vae=vae, scheduler=scheduler)
     pipeline = DiTPipeline.from_pretrained(tmp_path / "pipeline")
-    torch.testing.assert_close(pipeline.scheduler.alphas_cumprod.double(), process.abar, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(pipeline.scheduler.alphas_cumprod.double(), process.alphas_cumprod, rtol=1e-4, atol=1e-9)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline([0], num_inference_steps=3, output_type="np").images.shape == (1, 16, 16, 3)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ditlit.diffusion import GaussianDiffusion, Guided, Sampling, ddim, ddpm
+from ditlit.diffusion import ClassifierFreeGuidance, GaussianDiffusion, Sampling, ddim, ddpm, draw_samples
 from ditlit.diffusion.gaussian import discretized_gaussian_log_likelihood, gaussian_kl
 from ditlit.errors import InputError
 
@@ -90,10 +90,10 @@ def test_impossible_step_counts_are_refused(n):
 
 def test_schedules():
     linear, cosine = GaussianDiffusion(), GaussianDiffusion(schedule="cosine")
-    assert linear.abar[0] == pytest.approx(1 - 1e-4, rel=1e-12)
-    assert linear.abar[-1] / linear.abar[-2] == pytest.approx(1 - 2e-2, rel=1e-12)
+    assert linear.alphas_cumprod[0] == pytest.approx(1 - 1e-4, rel=1e-12)
+    assert linear.alphas_cumprod[-1] / linear.alphas_cumprod[-2] == pytest.approx(1 - 2e-2, rel=1e-12)
     f = [math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (0, 0.4)]
-    assert cosine.abar[399].item() == pytest.approx(f[1] / f[0], rel=1e-9)
+    assert cosine.alphas_cumprod[399].item() == pytest.approx(f[1] / f[0], rel=1e-9)
     with pytest.raises(InputError, match="unknown schedule 'sigmoid'"):
         GaussianDiffusion(schedule="sigmoid")
 
@@ -114,8 +114,8 @@ def test_posterior_and_forward_process_agree(s):
 def test_learned_variance_interpolates_between_its_bounds():
     process = GaussianDiffusion()
     t, s = torch.tensor([500]), torch.tensor([499])
-    beta = 1 - process.abar[500] / process.abar[499]
-    small = beta * (1 - process.abar[499]) / (1 - process.abar[500])
+    beta = 1 - process.alphas_cumprod[500] / process.alphas_cumprod[499]
+    small = beta * (1 - process.alphas_cumprod[499]) / (1 - process.alphas_cumprod[500])
     for v, expected in ((-1.0, small), (1.0, beta), (0.0, (small * beta).sqrt())):
         got = process.log_variance(torch.full((1, 1, 1, 1), v), t, s).exp().item()
         assert got == pytest.approx(expected.item(), rel=1e-5)
@@ -130,10 +130,10 @@ def test_vlb_is_zero_for_the_true_posterior_and_grows_with_the_error():
     assert perfect["vlb"].abs().max() < 1e-4 and perfect["mse"].max() == 0
     wrong = process.loss(lambda *_: torch.cat([noise + 1, -torch.ones_like(noise)], 1), x0, None, t=t, noise=noise)
     # KL of two Gaussians whose means differ by beta / sqrt(1 - beta) / sigma and whose variance is the posterior's.
-    abar, previous = process.abar[t], process.abar[t - 1]
-    beta = 1 - abar / previous
-    shift = beta / (1 - beta).sqrt() / (1 - abar).sqrt()
-    expected = 0.5 * shift**2 / (beta * (1 - previous) / (1 - abar)) / math.log(2)
+    alphas_cumprod, previous = process.alphas_cumprod[t], process.alphas_cumprod[t - 1]
+    beta = 1 - alphas_cumprod / previous
+    shift = beta / (1 - beta).sqrt() / (1 - alphas_cumprod).sqrt()
+    expected = 0.5 * shift**2 / (beta * (1 - previous) / (1 - alphas_cumprod)) / math.log(2)
     torch.testing.assert_close(wrong["vlb"], expected.float(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(wrong["loss"], wrong["mse"] + wrong["vlb"])
 
@@ -204,7 +204,7 @@ X, T, Y = torch.zeros(2, 3, 2, 2), torch.tensor([100, 600]), torch.tensor([1, 4]
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 2.5])
 def test_guidance_extrapolates(model, scale):
-    out = Guided(model, scale, NULL)(X, T, Y)
+    out = ClassifierFreeGuidance(model, scale, NULL)(X, T, Y)
     expected = NULL + T / 1000 + scale * (Y - NULL)
     torch.testing.assert_close(out[:, 0, 0, 0], expected)
     assert torch.equal(out[:, :3].amax(1), out[:, :3].amin(1))
@@ -212,21 +212,21 @@ def test_guidance_extrapolates(model, scale):
 
 
 def test_guidance_of_the_first_channels(model):
-    out = Guided(model, 3.0, NULL, channels=2)(X, T, Y)
-    torch.testing.assert_close(out[:, :2], Guided(model, 3.0, NULL)(X, T, Y)[:, :2])
+    out = ClassifierFreeGuidance(model, 3.0, NULL, channels=2)(X, T, Y)
+    torch.testing.assert_close(out[:, :2], ClassifierFreeGuidance(model, 3.0, NULL)(X, T, Y)[:, :2])
     assert torch.equal(out[:, 2:], model(X, T, Y)[:, 2:])
 
 
 def test_scale_one_computes_no_unconditional_half(model):
-    assert torch.equal(Guided(model, 1.0, NULL)(X, T, Y), model(X, T, Y))
+    assert torch.equal(ClassifierFreeGuidance(model, 1.0, NULL)(X, T, Y), model(X, T, Y))
     assert model.samples == 4
 
 
 def test_guidance_interval(model):
-    guided = Guided(model, 3.0, NULL, interval=(500, 1000))
+    guided = ClassifierFreeGuidance(model, 3.0, NULL, interval=(500, 1000))
     out = guided(X, T, Y)
     assert torch.equal(out[0], model(X, T, Y)[0])
-    assert torch.equal(out[1], Guided(model, 3.0, NULL)(X, T, Y)[1])
+    assert torch.equal(out[1], ClassifierFreeGuidance(model, 3.0, NULL)(X, T, Y)[1])
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
@@ -234,10 +234,10 @@ def test_samplers_compute_the_unconditional_half_within_the_interval_only(model,
     settings = dict(sampler=sampler, num_steps=5, guidance_scale=3.0)
     timesteps: list[int] = []
     drawn_from = (GaussianDiffusion(), model, tuple(X.shape[1:]), Y, NULL, range(2))
-    Sampling(**settings)(*drawn_from, callback=lambda step, t, x, x0: timesteps.append(t))
+    draw_samples(Sampling(**settings), *drawn_from, callback=lambda step, t, x, x0: timesteps.append(t))
     inside = timesteps[1:3]
     model.samples = 0
-    Sampling(**settings, guidance_interval=(inside[1], inside[0]))(*drawn_from)
+    draw_samples(Sampling(**settings, guidance_interval=(inside[1], inside[0])), *drawn_from)
     assert model.samples == 2 * (5 + 2)
 
 
@@ -247,12 +247,12 @@ def test_samplers_compute_the_unconditional_half_within_the_interval_only(model,
 )
 def test_bad_guidance_is_refused(model, settings, message):
     with pytest.raises(InputError, match=message):
-        Guided(model, 2.0, NULL, **settings)
+        ClassifierFreeGuidance(model, 2.0, NULL, **settings)
 
 
 def test_too_many_guided_channels_are_refused(model):
     with pytest.raises(InputError, match="cannot guide 4 channels of latents that have 3"):
-        Guided(model, 2.0, NULL, channels=4)(X, T, Y)
+        ClassifierFreeGuidance(model, 2.0, NULL, channels=4)(X, T, Y)
 
 
 # Sampling keyed by index --------------------------------------------------------------------------------------------
@@ -265,7 +265,9 @@ def test_a_sample_depends_on_its_index_not_on_its_batch(settings):
     y = torch.zeros(6, dtype=torch.long)
 
     def draw(indices):
-        return sampling(process, exact_denoiser(process), (2, 4, 4), y[: len(indices)], NULL, indices, seed=3)
+        return draw_samples(
+            sampling, process, exact_denoiser(process), (2, 4, 4), y[: len(indices)], NULL, indices, seed=3
+        )
 
     together = draw([0, 1, 2, 3, 4, 5])
     assert torch.equal(torch.cat([draw([4, 2]), draw([0])]), together[[4, 2, 0]])
@@ -276,8 +278,8 @@ def test_callback_sees_every_step():
     seen = []
     process = GaussianDiffusion()
     sampling = Sampling(num_steps=4, guidance_scale=1.0)
-    x = sampling(
-        process, exact_denoiser(process), (1, 2, 2), torch.zeros(1), NULL, [0],
+    x = draw_samples(
+        sampling, process, exact_denoiser(process), (1, 2, 2), torch.zeros(1), NULL, [0],
         callback=lambda step, t, x, x0: seen.append((step, t, x, x0)),
     )  # fmt: skip
     assert [(step, t) for step, t, _, _ in seen] == list(enumerate(process.timesteps(4).tolist()))

@@ -22,12 +22,12 @@ from PIL import Image
 from ditlit.__main__ import main
 from ditlit.commands.encode import encode
 from ditlit.data.audit import audit
-from ditlit.data.images import preprocess
-from ditlit.data.sources import open_images
 from ditlit.data.store import LatentStore
-from ditlit.data.vae import Autoencoder, load_decoder
 from ditlit.data.workers import lost_worker
 from ditlit.errors import InputError
+from ditlit.images.decoding import preprocess
+from ditlit.images.sources import open_images
+from ditlit.images.vae import Autoencoder, load_decoder
 
 SIZE, PER_CLASS, CLASSES = 16, 9, ("ant", "bee", "cat")
 NUM = PER_CLASS * len(CLASSES)
@@ -286,7 +286,7 @@ def test_all_processes_end_when_one_cannot_go_on(images, tmp_path):
 
 
 def test_a_killed_worker_is_named_with_the_remedy(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("ditlit.data.encoding.preprocess", lambda data, size: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("ditlit.images.encoding.preprocess", lambda data, size: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises((InputError, RuntimeError)) as error:  # its signal may come anywhere
         run(images, tmp_path / "s", "pixels", num_workers=1)
     text = str(error.value) if isinstance(error.value, InputError) else lost_worker(error.value)

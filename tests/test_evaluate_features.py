@@ -12,12 +12,12 @@ from extractor import write_random_inception
 from torch.nn.functional import conv2d, pad
 
 from ditlit.commands.evaluate import evaluate
-from ditlit.data.images import preprocess
 from ditlit.errors import InputError
 from ditlit.evaluation import frechet_distance, load_extractor
 from ditlit.evaluation.extraction import features_of
 from ditlit.evaluation.extractors import INCEPTION_FILE, flat_spatial
 from ditlit.evaluation.statistics import statistics_of
+from ditlit.images.decoding import preprocess
 
 SHARED = Path(os.environ.get("DITLIT_SHARED") or Path(__file__).parents[2] / "shared")
 TINY = SHARED / "data" / "tiny-imagenet-50.tar"

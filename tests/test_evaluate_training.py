@@ -14,13 +14,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ditlit.diffusion.sampling import mix
+from ditlit.callbacks import SampleMetrics
+from ditlit.callbacks.pictures import draw_images
+from ditlit.diffusion.noise import mix
 from ditlit.errors import InputError
 from ditlit.evaluation import frechet_distance
 from ditlit.evaluation.extraction import features_of
 from ditlit.evaluation.statistics import statistics_of
-from ditlit.training import SampleMetrics
-from ditlit.training.pictures import draw_images
 
 NAME = "eval/Frechet_distance_Colours"
 
@@ -127,7 +127,8 @@ from lightning.pytorch import Trainer
 from ditlit.data import LatentDataModule
 from ditlit.diffusion import Sampling
 from ditlit.models import DiT
-from ditlit.training import EMA, DiTModule, SampleMetrics
+from ditlit.callbacks import SampleMetrics
+from ditlit.training import EMA, DiTModule
 torch.manual_seed(0)
 denoiser = DiT(input_size=8, in_channels=3, num_classes=5, patch_size=4, hidden_size=16, depth=2, num_heads=2)
 module = DiTModule(denoiser, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), ema=EMA(0.9),
@@ -159,7 +160,7 @@ def test_a_report_that_cannot_be_written_costs_a_warning_with_its_numbers(
     def fails(report, path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("ditlit.training.evaluation.write_report", fails)
+    monkeypatch.setattr("ditlit.callbacks.evaluation.write_report", fails)
     trainer = make_trainer(callbacks=[make_callback(every_n_steps=4)])
     message = (
         r"cannot write .*step-00000004.json \(No space left on device\). At step 4: Frechet distance \(Colours\) \d"

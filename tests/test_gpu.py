@@ -19,23 +19,16 @@ from ditlit.benchmarking import benchmark
 from ditlit.benchmarking.benchmark import Benchmark, Settings
 from ditlit.benchmarking.table import as_text
 from ditlit.benchmarking.training import Subject
+from ditlit.callbacks import ActivationMaxima, DigitsReport, SampleGrid, SampleMetrics, TrainingMonitor
 from ditlit.commands.encode import encode
 from ditlit.commands.evaluate import evaluate
 from ditlit.commands.evaluate_loss import evaluate_loss
 from ditlit.commands.sample import sample
 from ditlit.data import DigitsDataModule, LatentDataModule, write_store
-from ditlit.data.vae import Autoencoder
 from ditlit.diffusion import GaussianDiffusion, Sampling
+from ditlit.images.vae import Autoencoder
 from ditlit.models import DiT
-from ditlit.training import (
-    EMA,
-    ActivationMaxima,
-    DigitsReport,
-    DiTModule,
-    SampleGrid,
-    SampleMetrics,
-    TrainingMonitor,
-)
+from ditlit.training import EMA, DiTModule
 
 K = 5
 SIZES = dict(input_size=8, in_channels=3, num_classes=K, patch_size=4, hidden_size=16, depth=2, num_heads=2)

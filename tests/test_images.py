@@ -10,9 +10,9 @@ from image_files import RED, encoded, listing, quadrants, write_files, write_tar
 from PIL import Image
 
 from ditlit.commands.encode import workers
-from ditlit.data.images import BrokenImage, center_crop, decode, preprocess
-from ditlit.data.sources import open_images
 from ditlit.errors import InputError
+from ditlit.images.decoding import BrokenImage, center_crop, decode, preprocess
+from ditlit.images.sources import open_images
 
 
 def pixels(image):

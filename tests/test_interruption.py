@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ditlit.data import LatentDataModule
 from ditlit.errors import InputError
-from ditlit.training import CheckpointFiles, Interrupted, StopOnSignal
-from ditlit.training.checkpoint_files import step_of, write
-from ditlit.training.interruption import requeue
+from ditlit.resilience import CheckpointFiles, Interrupted, StopOnSignal
+from ditlit.resilience.checkpoint_files import step_of, write
+from ditlit.resilience.interruption import requeue
 
 STEPS = 6
 
@@ -69,7 +69,7 @@ def test_what_is_written_in_the_background_is_waited_for(fit, tmp_path, monkeypa
         time.sleep(0.2)
         write(checkpoint, path)
 
-    monkeypatch.setattr("ditlit.training.checkpoint_files.write", slow)
+    monkeypatch.setattr("ditlit.resilience.checkpoint_files.write", slow)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     save = ModelCheckpoint(filename="{step}", every_n_train_steps=3)
     with pytest.raises(Interrupted, match=r"after step 4; saved .*last.ckpt"):

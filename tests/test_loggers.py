@@ -6,9 +6,9 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger
 
+from ditlit.callbacks import SampleGrid, TrainingMonitor
+from ditlit.callbacks.loggers import log_picture, log_text
 from ditlit.data import LatentDataModule, write_store
-from ditlit.training import SampleGrid, TrainingMonitor
-from ditlit.training.loggers import log_picture, log_text
 
 
 class Plain(Logger):

@@ -21,11 +21,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 
 from ditlit import checkpoints
 from ditlit.errors import InputError
-from ditlit.training.checkpoint_files import step_of
-from ditlit.training.devices import SYNC_BUFFERS, launched, prepare_ddp, split
+from ditlit.parallel.ddp import SYNC_BUFFERS, prepare_ddp
+from ditlit.parallel.fsdp2 import split
+from ditlit.parallel.processes import launched
+from ditlit.resilience.checkpoint_files import step_of
 
 STATES = ("state_dict", "current_model_state")
-GATHERED_ONCE = {"class_path": "ditlit.training.FSDP2", "init_args": {"reshard_after_forward": False}}
+GATHERED_ONCE = {"class_path": "ditlit.parallel.FSDP2", "init_args": {"reshard_after_forward": False}}
 
 
 @pytest.fixture(scope="module")

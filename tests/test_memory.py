@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from ditlit.__main__ import main
+from ditlit.callbacks import evaluation
 from ditlit.models import DiT
-from ditlit.training import DiTModule, evaluation, memory
-from ditlit.training.memory import bytes_of_states, out_of_memory
+from ditlit.resilience import memory
+from ditlit.resilience.memory import bytes_of_states, out_of_memory
+from ditlit.training import DiTModule
 
 
 def runs_out(*args):

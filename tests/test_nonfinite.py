@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ditlit.data import LatentDataModule
 from ditlit.data.store import LatentStore
-from ditlit.training import CheckpointFiles
-from ditlit.training.nonfinite import Diverged, SkipNonFinite
+from ditlit.resilience import CheckpointFiles
+from ditlit.resilience.nonfinite import Diverged, SkipNonFinite
 
 OPTIMIZERS = {
     "fused AdamW": lambda params: torch.optim.AdamW(params, lr=1e-2),

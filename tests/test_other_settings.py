@@ -14,7 +14,7 @@ from weights import contents_of, scrambled
 from ditlit.checkpoints.safetensors_files import write_safetensors
 from ditlit.data import LatentDataModule, write_store
 from ditlit.errors import InputError
-from ditlit.training import CheckpointFiles
+from ditlit.resilience import CheckpointFiles
 
 
 class Watch(Callback):
@@ -38,7 +38,7 @@ class Watch(Callback):
 def fit(make_module, make_trainer, datamodule, tmp_path, monkeypatch):
     """Trains to a step; returns the path of the checkpoint there, and what was said."""
     said = []
-    monkeypatch.setattr("ditlit.training.resuming.rank_zero_info", said.append)
+    monkeypatch.setattr("ditlit.resilience.resuming.rank_zero_info", said.append)
 
     def run(step, watch, ckpt_path=None, optimizer=partial(AdamW, lr=1e-2), **changes):
         said.clear()

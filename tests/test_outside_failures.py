@@ -21,7 +21,7 @@ def test_curves_that_cannot_be_written_end_with_one_line(tmp_path):
     """A limit on the size of files stands for the full disk."""
     script = f"""
 import resource, signal, torch
-from ditlit.training.curves import RunLogger
+from ditlit.callbacks.curves import RunLogger
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 logger = RunLogger({str(tmp_path)!r}, name="", version="")
 logger.log_metrics({{"loss": 1.0}}, 0)

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback
 from PIL import Image
 from tensorboard import program
 
-from ditlit.training import TrainingMonitor
-from ditlit.training.curves import RunLogger
+from ditlit.callbacks import TrainingMonitor
+from ditlit.callbacks.curves import RunLogger
 
 BROWSERS = (os.environ.get("DITLIT_BROWSER"), "chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
 BROWSER = next((path for path in map(shutil.which, filter(None, BROWSERS)) if path), None)

@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from pretended import pretended_gpu
 
+from ditlit.callbacks import TrainingMonitor
+from ditlit.callbacks.peaks import PEAKS, peak_flops
 from ditlit.models import macs
-from ditlit.training import TrainingMonitor
-from ditlit.training.peaks import PEAKS, peak_flops
 
 
 @pytest.mark.parametrize(

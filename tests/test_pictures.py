@@ -8,12 +8,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ditlit.callbacks import SampleGrid, SampleMetrics
 from ditlit.data import DigitsDataModule, LatentDataModule, write_store
-from ditlit.data.vae import Autoencoder, load_decoder, weights_hash
 from ditlit.errors import InputError
+from ditlit.images.vae import Autoencoder, load_decoder, weights_hash
 from ditlit.models import DiT
 from ditlit.pictures import grid_of, read_png, to_uint8, with_captions
-from ditlit.training import SampleGrid, SampleMetrics
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_a_prediction_that_is_not_finite_is_an_error(make_module, make_trainer, 
             torch.nn.init.normal_(parameter, std=0.1)
         module.denoiser.label_embed.weight.data[1] = 1e38
     else:
-        monkeypatch.setattr("ditlit.training.pictures.load_decoder", lambda *_: lambda z: z / torch.zeros(()))
+        monkeypatch.setattr("ditlit.callbacks.pictures.load_decoder", lambda *_: lambda z: z / torch.zeros(()))
     said = {
         "drawn": r"image 1 \(class 1\) is not finite from step 1 of 3",
         "decoded": "image 0 is not finite once it is",

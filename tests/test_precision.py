@@ -9,7 +9,7 @@ from weights import scrambled
 
 from ditlit.commands.encode import encode
 from ditlit.commands.sample import sample
-from ditlit.data.vae import Autoencoder
+from ditlit.images.vae import Autoencoder
 from ditlit.precision import HAS_WORDS, convolutions_as_products, float32_products
 
 backends = torch.backends

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
+from ditlit.callbacks import SampleGrid, TrainingMonitor
 from ditlit.data import LatentDataModule, write_store
-from ditlit.data.vae import load_vae, weights_hash
+from ditlit.images.vae import load_vae, weights_hash
 from ditlit.models import DiT
-from ditlit.training import DiTModule, SampleGrid, TrainingMonitor
+from ditlit.training import DiTModule
 
 SHARED = Path(os.environ.get("DITLIT_SHARED") or Path(__file__).parents[2] / "shared")
 IMAGES, VAE = SHARED / "data" / "imagenet-sample.tar", SHARED / "vae" / "taesd"

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from ditlit.checkpoints import from_released
-from ditlit.diffusion import GaussianDiffusion, Guided, ddim, ddpm, sampling
+from ditlit.diffusion import ClassifierFreeGuidance, GaussianDiffusion, ddim, ddpm, samplers
 from ditlit.models import DiT
 
 GOLDEN = Path(os.environ.get("DITLIT_GOLDEN") or Path(__file__).parent / "dit_reference.safetensors")
@@ -52,6 +52,12 @@ def assert_close(actual, expected, rtol=1e-5):
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
 
 
+def guided(model, metadata):
+    return ClassifierFreeGuidance(
+        model, float(metadata["guidance_scale"]), model.num_classes, int(metadata["guide_channels"])
+    )
+
+
 def test_model_output(model, numbers):
     with torch.no_grad():
         out = model(numbers["model.x"], numbers["model.t"], numbers["model.y"])
@@ -64,7 +70,7 @@ def test_guidance(model, numbers, metadata, channels):
     n = None if channels is None else int(metadata["guide_channels"])
     x, t, y = numbers["cfg.x"], numbers["cfg.t"], numbers["cfg.y"]
     with torch.no_grad():
-        out = Guided(model, scale, model.num_classes, n)(x, t, y)
+        out = ClassifierFreeGuidance(model, scale, model.num_classes, n)(x, t, y)
     if channels is None:
         assert_close(out[:, : x.shape[1]], numbers["cfgall.eps"])
     else:
@@ -74,10 +80,10 @@ def test_guidance(model, numbers, metadata, channels):
 def test_schedule_tables(process, numbers):
     T = process.num_timesteps
     t = torch.arange(T)
-    abar = numbers["schedule.alphas_cumprod"]
-    assert_close(process.abar, abar)
-    assert_close(1 - process.abar / torch.cat([torch.ones(1, dtype=torch.float64), process.abar[:-1]]),
-                 numbers["schedule.betas"])  # fmt: skip
+    alphas_cumprod = numbers["schedule.alphas_cumprod"]
+    assert_close(process.alphas_cumprod, alphas_cumprod)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), process.alphas_cumprod[:-1]])
+    assert_close(1 - process.alphas_cumprod / before, numbers["schedule.betas"])
     one, zero = torch.ones(T, 1, 1, 1), torch.zeros(T, 1, 1, 1)
     coefficient1 = process.posterior_mean(one, zero, t, t - 1)
     coefficient2 = process.posterior_mean(zero, one, t, t - 1)
@@ -96,8 +102,10 @@ def test_respacing(process, numbers):
         spacing = "ddim" if name.startswith("ddim") else "even"
         timesteps = process.timesteps(int(name.removeprefix("ddim")), spacing).flip(0)
         assert timesteps.tolist() == numbers[f"respace.{name}.timesteps"].tolist()
-        abar = torch.cat([torch.ones(1, dtype=torch.float64), process.abar[timesteps]])
-        torch.testing.assert_close(1 - abar[1:] / abar[:-1], numbers[f"respace.{name}.betas"], rtol=1e-5, atol=0)
+        alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), process.alphas_cumprod[timesteps]])
+        torch.testing.assert_close(
+            1 - alphas_cumprod[1:] / alphas_cumprod[:-1], numbers[f"respace.{name}.betas"], rtol=1e-5, atol=0
+        )
 
 
 def test_losses(model, process, numbers):
@@ -116,10 +124,12 @@ def test_losses(model, process, numbers):
 
 def test_ddpm(model, process, numbers, metadata, monkeypatch):
     recorded = iter(numbers["ddpm.noise"])
-    monkeypatch.setattr(sampling, "randn_like", lambda x, generator: next(recorded))
+    monkeypatch.setattr(samplers, "randn_like", lambda x, generator: next(recorded))
     sample = ddpm(
         process,
-        Guided(model, float(metadata["guidance_scale"]), model.num_classes, int(metadata["guide_channels"])),
+        ClassifierFreeGuidance(
+            model, float(metadata["guidance_scale"]), model.num_classes, int(metadata["guide_channels"])
+        ),
         numbers["ddpm.z"],
         numbers["ddpm.y"],
         process.timesteps(int(metadata["ddpm_steps"])),
@@ -130,7 +140,9 @@ def test_ddpm(model, process, numbers, metadata, monkeypatch):
 def test_ddim(model, process, numbers, metadata):
     sample = ddim(
         process,
-        Guided(model, float(metadata["guidance_scale"]), model.num_classes, int(metadata["guide_channels"])),
+        ClassifierFreeGuidance(
+            model, float(metadata["guidance_scale"]), model.num_classes, int(metadata["guide_channels"])
+        ),
         numbers["ddim.z"],
         numbers["ddim.y"],
         process.timesteps(int(metadata["ddim_steps"]), "ddim"),

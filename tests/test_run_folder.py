@@ -13,10 +13,10 @@ from weights import scrambled
 from ditlit.cli import DitlitCLI
 from ditlit.commands.convert import convert
 from ditlit.errors import InputError
-from ditlit.training import CheckpointFiles
-from ditlit.training.checkpoint_files import step_of, write
-from ditlit.training.run_folder import find_checkpoint, trace_of_a_run
-from ditlit.training.saving import KeptCheckpoints, LastCheckpoint
+from ditlit.resilience import CheckpointFiles
+from ditlit.resilience.checkpoint_files import step_of, write
+from ditlit.resilience.run_folder import find_checkpoint, trace_of_a_run
+from ditlit.resilience.saving import KeptCheckpoints, LastCheckpoint
 
 CSV = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "elsewhere"}}
 TENSORBOARD = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "elsewhere"}}
@@ -116,7 +116,7 @@ def trained(make_module, make_trainer, datamodule, tmp_path):
 
 def test_a_folder_and_the_best_are_found(trained, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("ditlit.training.run_folder.rank_zero_info", said.append)
+    monkeypatch.setattr("ditlit.resilience.run_folder.rank_zero_info", said.append)
     folders = [trained / "checkpoints"]
     for folder in (trained, *folders):
         assert find_checkpoint(str(folder), "fit", folders) == str(folders[0] / "last.ckpt")

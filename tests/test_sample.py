@@ -24,14 +24,15 @@ from ditlit.commands.sample import sample
 from ditlit.data import LatentDataModule, write_store
 from ditlit.data.classes import parse_classes
 from ditlit.data.store import per_channel
-from ditlit.data.vae import weights_hash
-from ditlit.diffusion import GaussianDiffusion, Sampling
-from ditlit.diffusion.sampling import normal, sample_generators
+from ditlit.diffusion import GaussianDiffusion, Sampling, draw_samples
+from ditlit.diffusion.noise import normal, sample_generators
+from ditlit.diffusion.sampling import check_finite
 from ditlit.errors import InputError
 from ditlit.generation.classes import plan_labels
 from ditlit.generation.drawing import Drawer, enough_memory
 from ditlit.generation.onednn import FusedMLP, fuse, supported
 from ditlit.generation.sheets import slerp
+from ditlit.images.vae import weights_hash
 from ditlit.models import DiT
 from ditlit.models.embeddings import TimestepEmbedding
 from ditlit.pictures import HEADER, PADDING, read_png, to_uint8
@@ -387,14 +388,14 @@ def test_a_step_on_the_way_that_is_not_finite_is_found():
     def model(x, t, y):
         return torch.where((y == 3)[:, None, None, None] & (t < 500)[:, None, None, None], np.nan, x)
 
-    arguments = process, model, (1, 2, 2), torch.tensor([0, 3, 3]), 5, [4, 8, 9]
-    x0 = sampling(*arguments)
+    arguments = sampling, process, model, (1, 2, 2), torch.tensor([0, 3, 3]), 5, [4, 8, 9]
+    x0 = draw_samples(*arguments)
     later = next(i for i, t in enumerate(process.timesteps(10).tolist()) if t < 500) + 1
     with pytest.raises(
         InputError, match=rf"^image 8 \(class 3\) is not finite from step {later} of 10 .* one of 2 such"
     ):
-        sampling.check_finite(x0, *arguments)
-    sampling.check_finite(x0[:1], process, model, (1, 2, 2), torch.tensor([0]), 5, [4])
+        check_finite(x0, *arguments)
+    check_finite(x0[:1], sampling, process, model, (1, 2, 2), torch.tensor([0]), 5, [4])
 
 
 def test_bare_weights_of_a_width_that_the_paper_lacks_are_drawn_with_their_number_of_heads(tmp_path):

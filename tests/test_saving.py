@@ -7,9 +7,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from test_resume import assert_same
 
 from ditlit.errors import InputError
-from ditlit.training import CheckpointFiles
-from ditlit.training.checkpoint_files import step_of, write
-from ditlit.training.saving import KeptCheckpoints, LastCheckpoint, with_checkpoints
+from ditlit.resilience import CheckpointFiles
+from ditlit.resilience.checkpoint_files import step_of, write
+from ditlit.resilience.saving import KeptCheckpoints, LastCheckpoint, with_checkpoints
 
 
 class StopAfter(Callback):
@@ -54,7 +54,7 @@ def test_however_a_fit_ends_its_last_step_is_saved_once_and_can_be_gone_on_from(
 ):
     written = []
     monkeypatch.setattr(
-        "ditlit.training.checkpoint_files.write",
+        "ditlit.resilience.checkpoint_files.write",
         lambda content, path: (written.append((path.name, content["global_step"])), write(content, path)),
     )
     files = CheckpointFiles(background)
@@ -99,7 +99,7 @@ def test_a_save_of_the_last_step_that_failed_is_tried_again(fit, monkeypatch):
             raise OSError(28, "No space left on device")
         write(content, path)
 
-    monkeypatch.setattr("ditlit.training.checkpoint_files.write", full_at_first)
+    monkeypatch.setattr("ditlit.resilience.checkpoint_files.write", full_at_first)
     with pytest.warns(UserWarning, match="could not save step 4"):
         folder = fit("full", LastCheckpoint(every=4))
     assert attempts == [4, 4] and step_of(folder / "last.ckpt") == 4

@@ -8,11 +8,11 @@ import yaml
 from PIL import Image
 
 from ditlit.analysis.curves import read_curves
+from ditlit.callbacks import TrainingMonitor
+from ditlit.callbacks.curves import RunLogger
 from ditlit.commands import evaluate_scaling as scaling
 from ditlit.errors import InputError
 from ditlit.models import macs
-from ditlit.training import TrainingMonitor
-from ditlit.training.curves import RunLogger
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import tarfile
 import pytest
 from image_files import encoded, listing, quadrants, write_files, write_tar
 
-from ditlit.data.sources import open_images
 from ditlit.errors import InputError
+from ditlit.images.sources import open_images
 
 
 def test_what_systems_and_tools_leave_behind_are_no_classes(tmp_path):

@@ -11,11 +11,11 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditlit import checkpoints
+from ditlit.callbacks import TrainingMonitor
 from ditlit.data import LatentDataModule
 from ditlit.diffusion import GaussianDiffusion
 from ditlit.errors import InputError
 from ditlit.models import DiT, blocks, compiling
-from ditlit.training import TrainingMonitor
 
 
 def trained(make_module, make_trainer, datamodule, module=None, **trainer):

@@ -11,12 +11,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.profilers import Profiler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ditlit.callbacks import TrainingMonitor
 from ditlit.data import LatentDataModule, LatentStore, write_store
 from ditlit.data.datasets import TrainDataset
 from ditlit.diffusion import GaussianDiffusion
 from ditlit.errors import InputError
 from ditlit.models import DiT
-from ditlit.training import DiTModule, TrainingMonitor
+from ditlit.training import DiTModule
 from ditlit.training.draws import StepDraws
 from ditlit.training.module import prefer_fused
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ditlit.diffusion.sampling import normal, sample_generators
+from ditlit.diffusion.noise import normal, sample_generators
 from ditlit.errors import InputError
 from ditlit.generation.drawing import Drawer
 

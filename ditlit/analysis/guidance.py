@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ditlit.diffusion import GaussianDiffusion
-from ditlit.diffusion.gaussian import Denoiser, split_variance
+from ditlit.diffusion.gaussian import split_variance
+from ditlit.diffusion.process import Denoiser
 
 
 class LabelEffect(NamedTuple):

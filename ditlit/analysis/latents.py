@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ditlit.data.summary import peak_signal_to_noise
-from ditlit.data.vae import Autoencoder
+from ditlit.images.summary import peak_signal_to_noise
+from ditlit.images.vae import Autoencoder
 from ditlit.pictures import to_uint8
 
 

@@ -13,10 +13,10 @@ from ditlit import checkpoints
 from ditlit.checkpoints import Loaded, Reading
 from ditlit.data.manifest import MANIFEST
 from ditlit.data.store import LatentStore, mean_latents, per_channel
-from ditlit.data.vae import Autoencoder, load_autoencoder
 from ditlit.diffusion import Sampling
 from ditlit.errors import InputError, counted
 from ditlit.generation.drawing import Drawer
+from ditlit.images.vae import Autoencoder, load_autoencoder
 from ditlit.pictures import to_uint8
 
 

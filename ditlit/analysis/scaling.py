@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ditlit.diffusion import GaussianDiffusion
-from ditlit.diffusion.gaussian import Denoiser
+from ditlit.diffusion.process import Denoiser
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ditlit.benchmarking.gauges import free
 from ditlit.errors import InputError
-from ditlit.training.memory import ran_out
+from ditlit.resilience.memory import ran_out
 
 LARGEST_TRIED = 2**16
 

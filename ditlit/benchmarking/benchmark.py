@@ -27,15 +27,15 @@ from ditlit.benchmarking.training import (
     measure_training,
     quiet,
 )
+from ditlit.callbacks.peaks import product_dtype
 from ditlit.checkpoints.contents import variant_name
 from ditlit.data.folders import is_remote
 from ditlit.data.manifest import MANIFEST
 from ditlit.errors import InputError, check_positive, counted
 from ditlit.models import DiT, macs, num_parameters
+from ditlit.parallel.fsdp2 import PRECISIONS
+from ditlit.resilience.memory import ran_out
 from ditlit.training import DiTModule
-from ditlit.training.devices import PRECISIONS
-from ditlit.training.memory import ran_out
-from ditlit.training.peaks import product_dtype
 
 Build = Callable[[], Subject]
 CEILING = "matrix products"

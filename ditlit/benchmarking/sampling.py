@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ditlit.benchmarking.gauges import Moment, PeakMemory, Spread, free, mark, seconds_between
-from ditlit.diffusion import GaussianDiffusion, Sampling
+from ditlit.diffusion import GaussianDiffusion, Sampling, draw_samples
 from ditlit.generation.drawing import WEIGHTS, Drawer, Precision, matmul_precision
-from ditlit.training.memory import num_bytes
+from ditlit.resilience.memory import num_bytes
 
 
 @dataclass
@@ -126,7 +126,7 @@ def step_seconds(
     y = torch.arange(n, device=device) % denoiser.num_classes
     shape = (denoiser.in_channels, *denoiser.input_size)
     with matmul_precision(precision), torch.inference_mode(), suppress(Enough):
-        sampling(process, denoiser, shape, y, denoiser.num_classes, range(n), 0, callback)
+        draw_samples(sampling, process, denoiser, shape, y, denoiser.num_classes, range(n), 0, callback)
     return seconds_between(*moments)
 
 

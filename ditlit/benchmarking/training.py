@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ditlit.benchmarking.gauges import Moment, PeakMemory, Spread, free, mark, seconds_between
 from ditlit.benchmarking.plan import States
+from ditlit.callbacks.costs import WaitForData
+from ditlit.callbacks.peaks import peak_of
+from ditlit.resilience.memory import num_bytes
 from ditlit.training import DiTModule
-from ditlit.training.costs import WaitForData
-from ditlit.training.memory import num_bytes
-from ditlit.training.peaks import peak_of
 
 # The user's Trainer on one device, without what saves, draws, logs and validates, and without an early end.
 ONLY_STEPS = {

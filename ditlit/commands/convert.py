@@ -14,8 +14,8 @@ from ditlit.checkpoints.pipeline import write_pipeline
 from ditlit.checkpoints.safetensors_files import write_safetensors
 from ditlit.checkpoints.torch_files import write_released, write_training
 from ditlit.data.folders import check_writable
-from ditlit.data.vae import load_vae, weights_hash
 from ditlit.errors import InputError, counted
+from ditlit.images.vae import load_vae, weights_hash
 from ditlit.models import DiT, num_parameters
 
 SUFFIXES = {".ckpt": "ckpt", ".pt": "released", ".pth": "released", ".safetensors": "safetensors", "": "diffusers"}

@@ -14,16 +14,16 @@ from lightning.fabric import Fabric
 
 from ditlit.commands.processes import Progress, ending_together, gathered, launch, share
 from ditlit.data.audit import audit
-from ditlit.data.encoding import ShardEncoder, Written, plan, read_back
 from ditlit.data.folders import Folder, LocalFolder, check_writable, open_folder, remove_leftovers
-from ditlit.data.images import PREPROCESSING
 from ditlit.data.manifest import MANIFEST, Manifest, read_manifest
 from ditlit.data.shards import shard_name
-from ditlit.data.sources import ImageSource, open_images
 from ditlit.data.store import finish_store
-from ditlit.data.summary import summarize
-from ditlit.data.vae import Autoencoder
 from ditlit.errors import InputError, check_positive, counted
+from ditlit.images.decoding import PREPROCESSING
+from ditlit.images.encoding import ShardEncoder, Written, plan, read_back
+from ditlit.images.sources import ImageSource, open_images
+from ditlit.images.summary import summarize
+from ditlit.images.vae import Autoencoder
 
 SETTINGS = "encode.json"  # how the store is made, written first: a rerun must continue with the same
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}

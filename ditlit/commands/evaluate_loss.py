@@ -18,11 +18,11 @@ from ditlit.data.classes import Classes, ClassSet, match_classes
 from ditlit.data.collection import StoreCollection
 from ditlit.data.folders import SHOWN, check_output, write_atomically, writing
 from ditlit.data.store import LatentStore, per_channel
-from ditlit.data.vae import weights_hash
-from ditlit.diffusion.sampling import normal, sample_generators
+from ditlit.diffusion.noise import normal, sample_generators
 from ditlit.errors import InputError, check_positive
 from ditlit.evaluation.losses import Average, Latents, Losses, by_timestep, findings, reference_for
 from ditlit.evaluation.sources import spread
+from ditlit.images.vae import weights_hash
 
 GOLDEN_RATIO = 0.6180339887498949
 

@@ -16,13 +16,13 @@ from ditlit.checkpoints import Loaded, Reading
 from ditlit.commands.processes import Progress, ending_together, launch, share
 from ditlit.data.classes import Classes, parse_classes
 from ditlit.data.folders import check_writable
-from ditlit.data.vae import load_autoencoder, weights_hash
 from ditlit.diffusion import Sampling
 from ditlit.errors import InputError, check_positive, counted
 from ditlit.generation.classes import plan_labels
 from ditlit.generation.drawing import Drawer
 from ditlit.generation.folder import SampleFolder
 from ditlit.generation.sheets import class_sheet, guidance_sheet, noise_sheet
+from ditlit.images.vae import load_autoencoder, weights_hash
 from ditlit.pictures import grid_of, save_animation, save_png
 
 DEFAULT_CLASSES = 10

@@ -9,11 +9,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from ditlit.data.folders import Folder, LocalFolder
-from ditlit.data.images import SUFFIXES
 from ditlit.errors import InputError, counted
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2",
+)  # fmt: skip
 PIXEL_CHANNELS = (1, 3)  # of latents that are pictures themselves, grey or RGB
 
 # Far beyond any store there is, and small enough to calculate with.
@@ -128,7 +130,7 @@ def read_manifest(folder: Folder) -> Manifest:
 def holds_images(path: Path) -> bool:
     """Whether a path is, or the first files below it are, images or archives."""
     files = (name for _, _, names in os.walk(path) for name in names)
-    return any(name.lower().endswith((*SUFFIXES, ".tar")) for name in [path.name, *islice(files, 100)])
+    return any(name.lower().endswith((*IMAGE_SUFFIXES, ".tar")) for name in [path.name, *islice(files, 100)])
 
 
 def wrong_field(manifest: Manifest) -> str | None:

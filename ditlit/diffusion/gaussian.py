@@ -1,31 +1,18 @@
 """Gaussian diffusion in discrete time: schedule, loss, and the posterior between any two timesteps.
 
-Notation: x_t = alpha_t x0 + sigma_t eps, with alpha_t^2 = abar_t = prod(1 - beta) and sigma_t^2 = 1 - abar_t
+Notation: x_t = alpha_t x0 + sigma_t eps, with alpha_t^2 = cumprod_t = prod(1 - beta) and sigma_t^2 = 1 - cumprod_t
 (Ho et al. 2020, arXiv 2006.11239). Learned variances and the hybrid loss are those of Nichol & Dhariwal 2021
 (arXiv 2102.09672).
 """
 
 import math
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ditlit.diffusion.process import Denoiser, Prediction
 from ditlit.errors import InputError
-
-
-class Denoiser(Protocol):
-    """Anything that maps x_t (N, C, H, W), t (N,), y (N,) to (N, C or 2C, H, W): noise first, then the variance."""
-
-    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
-
-
-class Prediction(NamedTuple):
-    """What a denoiser says about x_t: clean latents, noise, and its raw variance output if it has one."""
-
-    x0: Tensor
-    eps: Tensor
-    variance: Tensor | None
 
 
 def linear_betas(num_timesteps: int) -> Tensor:
@@ -35,10 +22,10 @@ def linear_betas(num_timesteps: int) -> Tensor:
 
 
 def cosine_betas(num_timesteps: int) -> Tensor:
-    """Nichol & Dhariwal 2021, equation 17: abar follows a squared cosine; betas are capped at 0.999."""
+    """Nichol & Dhariwal 2021, equation 17: alphas_cumprod follows a squared cosine; betas are capped at 0.999."""
     u = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
-    abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+    alphas_cumprod = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
 
 
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
@@ -49,7 +36,7 @@ class GaussianDiffusion:
 
     Args:
         num_timesteps: number T of timesteps; t runs from 0 (almost clean) to T-1 (almost noise).
-        schedule: linear betas (the paper) or a squared-cosine abar.
+        schedule: linear betas (the paper) or a squared-cosine alphas_cumprod.
         vlb_weight: weight of the variational bound in the loss; 0 trains on the squared error alone. It applies to
             denoisers that predict their variance.
         fixed_variance: variance of a sampling step where the denoiser does not predict it: beta (large) or that of the
@@ -81,9 +68,9 @@ class GaussianDiffusion:
         self.vlb_weight = vlb_weight
         self.fixed_variance = fixed_variance
         self.clip_x0 = clip_x0
-        self.abar = (1 - SCHEDULES[schedule](num_timesteps)).cumprod(0)  # (T,) float64
-        # abar with the clean end in front, so that index t + 1 is timestep t and index 0 is "no noise" (t = -1).
-        self._abar = torch.cat([torch.ones(1, dtype=torch.float64), self.abar])
+        self.alphas_cumprod = (1 - SCHEDULES[schedule](num_timesteps)).cumprod(0)  # (T,) float64
+        # With the clean end in front, so that index t + 1 is timestep t and index 0 is "no noise" (t = -1).
+        self._cumprod = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
         self._steps: Tensor | None = None  # what the loss needs of every timestep, on the device that it last ran on
 
     # Time --------------------------------------------------------------------------------------------------------
@@ -117,13 +104,13 @@ class GaussianDiffusion:
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) of timesteps t (N,), each (N, 1, 1, 1) in float32; t = -1 is clean data: (1, 0)."""
-        abar = self._abar_at(t)
-        return abar.sqrt().float(), (1 - abar).sqrt().float()
+        alphas_cumprod = self._cumprod_at(t)
+        return alphas_cumprod.sqrt().float(), (1 - alphas_cumprod).sqrt().float()
 
-    def _abar_at(self, t: Tensor) -> Tensor:
-        if self._abar.device != t.device:
-            self._abar = self._abar.to(t.device)  # once: schedules move to the device that first asks
-        return self._abar[t + 1][:, None, None, None]  # (N, 1, 1, 1) float64
+    def _cumprod_at(self, t: Tensor) -> Tensor:
+        if self._cumprod.device != t.device:
+            self._cumprod = self._cumprod.to(t.device)  # once: schedules move to the device that first asks
+        return self._cumprod[t + 1][:, None, None, None]  # (N, 1, 1, 1) float64
 
     # The forward process and the denoiser's answer -----------------------------------------------------------------
 
@@ -143,13 +130,13 @@ class GaussianDiffusion:
         return Prediction(x0, eps, variance)
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Mean of q(x_s | x_t, x0) for s < t: Ho et al. 2020, equation 7, with beta = 1 - abar_t / abar_s between the
-        two timesteps.
+        """Mean of q(x_s | x_t, x0) for s < t: Ho et al. 2020, equation 7, with beta = 1 - cumprod_t / cumprod_s between
+        the two timesteps.
         """
-        abar_t, abar_s = self._abar_at(t), self._abar_at(s)
-        beta = 1 - abar_t / abar_s
-        of_x0 = (beta * abar_s.sqrt() / (1 - abar_t)).float()  # (N, 1, 1, 1)
-        of_x_t = ((1 - abar_s) * (1 - beta).sqrt() / (1 - abar_t)).float()  # (N, 1, 1, 1)
+        cumprod_t, cumprod_s = self._cumprod_at(t), self._cumprod_at(s)
+        beta = 1 - cumprod_t / cumprod_s
+        of_x0 = (beta * cumprod_s.sqrt() / (1 - cumprod_t)).float()  # (N, 1, 1, 1)
+        of_x_t = ((1 - cumprod_s) * (1 - beta).sqrt() / (1 - cumprod_t)).float()  # (N, 1, 1, 1)
         return of_x0 * x0 + of_x_t * x_t
 
     def posterior_log_variance(self, t: Tensor, s: Tensor) -> Tensor:
@@ -160,13 +147,13 @@ class GaussianDiffusion:
         """
         last = s < 0  # the step to clean data borrows the variance of the step from timestep 1 to 0
         t, s = torch.where(last, 1, t), torch.where(last, 0, s)
-        abar_t, abar_s = self._abar_at(t), self._abar_at(s)
-        return ((1 - abar_t / abar_s) * (1 - abar_s) / (1 - abar_t)).log().float()  # (N, 1, 1, 1)
+        cumprod_t, cumprod_s = self._cumprod_at(t), self._cumprod_at(s)
+        return ((1 - cumprod_t / cumprod_s) * (1 - cumprod_s) / (1 - cumprod_t)).log().float()  # (N, 1, 1, 1)
 
     def log_variance(self, variance: Tensor | None, t: Tensor, s: Tensor) -> Tensor:
         """Log-variance of the denoiser's step from t to s; a learned one lies between the posterior's and beta's."""
         small = self.posterior_log_variance(t, s)
-        large = (1 - self._abar_at(t) / self._abar_at(s)).log().float()
+        large = (1 - self._cumprod_at(t) / self._cumprod_at(s)).log().float()
         if variance is not None:
             return interpolated(variance, small, large)
         if self.fixed_variance == "small":
@@ -184,10 +171,10 @@ class GaussianDiffusion:
     def _steps_of(self, t: Tensor) -> "Steps":
         """Computed in float64, which late timesteps need."""
         alpha, sigma = self.scales(t)
-        abar_t, abar_s = self._abar_at(t), self._abar_at(t - 1)
-        of_x0 = (1 - abar_t / abar_s) * abar_s.sqrt() / (1 - abar_t)
-        small, large = self.posterior_log_variance(t, t - 1), (1 - abar_t / abar_s).log().float()
-        return Steps(alpha, sigma, (-of_x0 * ((1 - abar_t) / abar_t).sqrt()).float(), small, large)
+        cumprod_t, cumprod_s = self._cumprod_at(t), self._cumprod_at(t - 1)
+        of_x0 = (1 - cumprod_t / cumprod_s) * cumprod_s.sqrt() / (1 - cumprod_t)
+        small, large = self.posterior_log_variance(t, t - 1), (1 - cumprod_t / cumprod_s).log().float()
+        return Steps(alpha, sigma, (-of_x0 * ((1 - cumprod_t) / cumprod_t).sqrt()).float(), small, large)
 
     def loss(
         self,

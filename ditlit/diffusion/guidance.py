@@ -1,15 +1,14 @@
 """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) as a wrapper that is itself a denoiser."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from ditlit.diffusion.gaussian import Denoiser
+from ditlit.diffusion.process import Denoiser
 from ditlit.errors import InputError
+from ditlit.settings.sampling import check_guidance
 
 
-class Guided:
+class ClassifierFreeGuidance:
     """eps = eps(null) + scale * (eps(y) - eps(null)); scale 1 is the conditional model, 0 the unconditional one.
 
     Both halves run as one batch; the unconditional half is not computed where it has no effect. Variances are the
@@ -31,12 +30,7 @@ class Guided:
         channels: int | None = None,
         interval: tuple[int, int] | None = None,
     ):
-        if not math.isfinite(scale):
-            raise InputError(f"guidance_scale must be a finite number, got {scale}")
-        if channels is not None and channels < 1:
-            raise InputError(f"guidance needs at least one channel to guide, got {channels}")
-        if interval is not None and interval[0] > interval[1]:
-            raise InputError(f"guidance interval {interval} has its lowest timestep above its highest")
+        check_guidance(scale, channels, interval)
         self.model = model
         self.scale = scale
         self.null_label = null_label

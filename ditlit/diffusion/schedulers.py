@@ -5,25 +5,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditlit.diffusion.gaussian import Denoiser
-from ditlit.diffusion.sampling import Process, StepCallback, model_at
-
-# Sampler -> class of diffusers and its settings. All are multistep solvers of the same ordinary differential equation,
-# deterministic, of second order.
-SCHEDULERS = {
-    "dpm++": ("DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++", final_sigmas_type="zero")),
-    "unipc": ("UniPCMultistepScheduler", dict(final_sigmas_type="zero")),
-    "deis": ("DEISMultistepScheduler", {}),
-}
+from ditlit.diffusion.process import Denoiser, Generators, Process, StepCallback
+from ditlit.diffusion.samplers import model_at
 
 
-def make_scheduler(name: str, process: Process, num_steps: int) -> Any:
+def dpm_solver(process: Process, model: Denoiser, noise: Tensor, y: Tensor, timesteps: Tensor, *rest: Any) -> Tensor:
+    """DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095) of second order; arguments as for :func:`scheduled`."""
+    settings = dict(algorithm_type="dpmsolver++", final_sigmas_type="zero")
+    scheduler = make_scheduler("DPMSolverMultistepScheduler", process, len(timesteps), **settings)
+    return scheduled(scheduler, process, model, noise, y, *rest)
+
+
+def unipc(process: Process, model: Denoiser, noise: Tensor, y: Tensor, timesteps: Tensor, *rest: Any) -> Tensor:
+    """UniPC (Zhao et al. 2023, arXiv 2302.04867) of second order; arguments as for :func:`scheduled`."""
+    scheduler = make_scheduler("UniPCMultistepScheduler", process, len(timesteps), final_sigmas_type="zero")
+    return scheduled(scheduler, process, model, noise, y, *rest)
+
+
+def deis(process: Process, model: Denoiser, noise: Tensor, y: Tensor, timesteps: Tensor, *rest: Any) -> Tensor:
+    """DEIS (Zhang & Chen 2023, arXiv 2204.13902) of second order; arguments as for :func:`scheduled`."""
+    return scheduled(make_scheduler("DEISMultistepScheduler", process, len(timesteps)), process, model, noise, y, *rest)
+
+
+def make_scheduler(class_name: str, process: Process, num_steps: int, **settings: Any) -> Any:
     """A diffusers scheduler with the process's schedule and evenly spaced timesteps from T-1 on."""
     import diffusers  # slow to import, and only needed for these samplers
 
-    class_name, settings = SCHEDULERS[name]
-    abar = torch.cat([torch.ones(1, dtype=torch.float64), process.abar.cpu()])
-    betas = (1 - abar[1:] / abar[:-1]).numpy()
+    alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), process.alphas_cumprod.cpu()])
+    betas = (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).numpy()
     scheduler = getattr(diffusers, class_name)(trained_betas=betas, timestep_spacing="linspace", **settings)
     scheduler.set_timesteps(num_steps)
     return scheduler
@@ -31,16 +40,18 @@ def make_scheduler(name: str, process: Process, num_steps: int) -> Any:
 
 @torch.no_grad()
 def scheduled(
-    name: str,
+    scheduler: Any,
     process: Process,
     model: Denoiser,
     noise: Tensor,
     y: Tensor,
-    num_steps: int,
+    generator: Generators = None,
     callback: StepCallback | None = None,
 ) -> Tensor:
-    """Sample with a scheduler of :data:`SCHEDULERS`; arguments and result as for :func:`ditlit.diffusion.ddim`."""
-    scheduler = make_scheduler(name, process, num_steps)
+    """Sample with a deterministic scheduler of diffusers, of whose timesteps there are as many as of ``timesteps``.
+
+    Arguments and result are those of :func:`ditlit.diffusion.ddpm`.
+    """
     x = noise
     for step, t in enumerate(map(int, scheduler.timesteps.tolist())):
         at_t = torch.full((len(x),), t, device=x.device)

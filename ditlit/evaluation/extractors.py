@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ditlit.data.vae import weights_hash
 from ditlit.errors import InputError
+from ditlit.images.vae import weights_hash
 
 INCEPTION = "inception"
 DINO = "dinov2"

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ditlit.data.images import PREPROCESSING, SUFFIXES, BrokenImage, decode, preprocess
-from ditlit.data.sources import ImageSource, folder_entries
+from ditlit.data.manifest import IMAGE_SUFFIXES
 from ditlit.data.store import LatentStore
-from ditlit.data.vae import load_autoencoder
 from ditlit.errors import InputError
+from ditlit.images.decoding import PREPROCESSING, BrokenImage, decode, preprocess
+from ditlit.images.sources import ImageSource, folder_entries
+from ditlit.images.vae import load_autoencoder
 from ditlit.pictures import to_uint8
 
 JOB = "sample.json"  # what ``ditlit sample`` writes beside its images
@@ -72,7 +73,7 @@ class FolderImages:
             folder = folder / "images"
         entries = sorted(folder_entries(folder, "")) if folder.is_dir() else []
         if not entries:
-            raise InputError(f"there are no images in {folder}: no file ends in {', '.join(SUFFIXES)}")
+            raise InputError(f"there are no images in {folder}: no file ends in {', '.join(IMAGE_SUFFIXES)}")
         self.source = ImageSource(folder, [], entries, [0] * len(entries), 1, None)
         first = self._read(0)
         self.shape = tuple(first.shape)

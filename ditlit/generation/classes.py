@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ditlit.diffusion.sampling import mix
+from ditlit.diffusion.noise import mix
 
 
 def plan_labels(

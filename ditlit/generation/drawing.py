@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ditlit.data.store import per_channel
-from ditlit.data.vae import Decoder
-from ditlit.diffusion import GaussianDiffusion, Sampling
-from ditlit.diffusion.sampling import StepCallback
+from ditlit.diffusion import GaussianDiffusion, Sampling, draw_samples
+from ditlit.diffusion.process import StepCallback
+from ditlit.diffusion.sampling import check_finite
 from ditlit.errors import InputError
 from ditlit.generation.onednn import fuse
+from ditlit.images.vae import Decoder
 from ditlit.models import DiT
 from ditlit.pictures import check_decoded, to_uint8
 from ditlit.precision import float32_products
@@ -112,8 +113,8 @@ class Drawer:
         with (
             matmul_precision(self.precision), enough_memory("--batch_size", len(y)), torch.inference_mode(), autocast
         ):  # fmt: skip
-            x0 = sampling(*drawn_from, callback=callback, noise=noise)
-            sampling.check_finite(x0, *drawn_from, noise=noise)
+            x0 = draw_samples(sampling, *drawn_from, callback=callback, noise=noise)
+            check_finite(x0, sampling, *drawn_from, noise=noise)
             return self.raw(x0)
 
     def raw(self, x0: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from ditlit.checkpoints import Loaded, Reading
 from ditlit.checkpoints.contents import variant_name
 from ditlit.data.arrays import labels_of
 from ditlit.data.classes import Classes, parse_classes
-from ditlit.data.vae import Autoencoder, load_autoencoder
 from ditlit.diffusion import Sampling
 from ditlit.errors import InputError, check_positive
 from ditlit.generation.drawing import Drawer, Precision, check_precision
+from ditlit.images.vae import Autoencoder, load_autoencoder
 
 
 class Model:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ditlit.diffusion.sampling import normal, sample_generators
+from ditlit.diffusion.noise import normal, sample_generators
 from ditlit.errors import InputError
 from ditlit.generation.drawing import Drawer
 from ditlit.pictures import grid_of, with_header

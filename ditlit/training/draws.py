@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ditlit.diffusion.sampling import mix
+from ditlit.diffusion.noise import mix
 
 
 class StepDraws:

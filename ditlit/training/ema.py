@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from ditlit.errors import InputError
-from ditlit.training.devices import gathered, is_sharded, local, reshard, shard_like, whole
+from ditlit.parallel.shards import gathered, is_sharded, local, reshard, shard_like, whole
 
 PREFIX = "denoiser."
 

@@ -19,15 +19,16 @@ from ditlit.checkpoints.contents import class_of
 from ditlit.checkpoints.sizes import HEADS
 from ditlit.data.manifest import Manifest
 from ditlit.data.store import per_channel
-from ditlit.diffusion import GaussianDiffusion, Sampling
-from ditlit.diffusion.sampling import StepCallback, mix, normal, sample_generators
+from ditlit.diffusion import GaussianDiffusion, Sampling, draw_samples
+from ditlit.diffusion.noise import mix, normal, sample_generators
+from ditlit.diffusion.process import StepCallback
+from ditlit.diffusion.sampling import check_finite
 from ditlit.errors import InputError, check_positive, counted
 from ditlit.models.compiling import compile_blocks
-from ditlit.training.devices import split, whole
-from ditlit.training.draws import StepDraws
-from ditlit.training.ema import EMA
-from ditlit.training.nonfinite import SkipNonFinite
-from ditlit.training.resuming import (
+from ditlit.parallel.fsdp2 import split
+from ditlit.parallel.shards import whole
+from ditlit.resilience.nonfinite import SkipNonFinite
+from ditlit.resilience.resuming import (
     begin_at_whole_step,
     check_same_classes,
     check_same_vae,
@@ -36,6 +37,8 @@ from ditlit.training.resuming import (
     optimizer_settings,
     take_settings,
 )
+from ditlit.training.draws import StepDraws
+from ditlit.training.ema import EMA
 
 GOLDEN_RATIO = 0.6180339887498949
 VALIDATION_SEED = 0  # of the validation noise; the same in every run, so that curves compare
@@ -289,8 +292,8 @@ class DiTModule(LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         y, indices = batch["labels"], batch["index"].tolist()
-        x0 = self.sampling(*self.drawn_from(y, indices, self.seed))
-        self.sampling.check_finite(x0, *self.drawn_from(y, indices, self.seed))
+        x0 = draw_samples(*self.drawn_from(y, indices, self.seed))
+        check_finite(x0, *self.drawn_from(y, indices, self.seed))
         return batch | {"latents": self.raw(x0)}
 
     def sample(
@@ -301,11 +304,20 @@ class DiTModule(LightningModule):
         A sample depends on the seed (the run's by default), its global index and its label alone.
         """
         seed = self.seed if seed is None else seed
-        return self.raw(self.sampling(*self.drawn_from(y, indices, seed), callback))
+        return self.raw(draw_samples(*self.drawn_from(y, indices, seed), callback))
 
     def drawn_from(self, y: Tensor, indices: Sequence[int], seed: int) -> tuple[Any, ...]:
-        """The arguments of ``self.sampling`` for these samples."""
-        return self.process, self.denoiser, self.latent_shape, y, self.denoiser.num_classes, indices, seed
+        """The arguments of ``draw_samples`` for these samples."""
+        return (
+            self.sampling,
+            self.process,
+            self.denoiser,
+            self.latent_shape,
+            y,
+            self.denoiser.num_classes,
+            indices,
+            seed,
+        )
 
     def raw(self, x0: Tensor) -> Tensor:
         """Latents as the VAE knows them, from what the denoiser knows."""

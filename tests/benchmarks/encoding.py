@@ -15,10 +15,10 @@ import torch
 from lightning.fabric import Fabric
 
 from ditlit.commands.encode import PRECISIONS, workers
-from ditlit.data.encoding import Batches, ShardEncoder, plan
 from ditlit.data.folders import LocalFolder
-from ditlit.data.sources import open_images
-from ditlit.data.vae import Autoencoder
+from ditlit.images.encoding import Batches, ShardEncoder, plan
+from ditlit.images.sources import open_images
+from ditlit.images.vae import Autoencoder
 
 
 def main() -> None:

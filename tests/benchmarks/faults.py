@@ -32,7 +32,7 @@ import yaml
 from lightning.pytorch import Callback
 
 from ditlit.data import write_store
-from ditlit.training.checkpoint_files import newest_complete
+from ditlit.resilience.checkpoint_files import newest_complete
 
 FAULTS = ("kill", "stop", "corrupt", "truncate", "full")
 STEPS, EVERY = 60, 3
@@ -89,7 +89,7 @@ def start(folder: Path, store: Path, devices: int, full: tuple[int, int] = (-1, 
             "enable_progress_bar": False, "enable_model_summary": False,
             "callbacks": [
                 {"class_path": "faults.Pace", "init_args": pace},
-                {"class_path": "ditlit.training.TrainingMonitor"},
+                {"class_path": "ditlit.callbacks.TrainingMonitor"},
                 {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": save},
             ],
         },

@@ -20,9 +20,9 @@ from ditlit import checkpoints
 from ditlit.checkpoints.contents import Contents, describe
 from ditlit.checkpoints.safetensors_files import write_safetensors
 from ditlit.commands.convert import convert
-from ditlit.data.vae import load_decoder
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.generation.drawing import WEIGHTS, Drawer
+from ditlit.images.vae import load_decoder
 from ditlit.models import DiT, macs
 
 

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterator
 
-from ditlit.data.archives import NOWHERE
-from ditlit.data.files import File, Listing
-from ditlit.data.numbering import number_or_name
 from ditlit.errors import InputError
+from ditlit.images.archives import NOWHERE
+from ditlit.images.files import File, Listing
+from ditlit.images.numbering import number_or_name
 
 SIDECARS = (".cls", ".cls.txt", ".json")  # in the order in which they are believed
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ditlit.data.folders import Folder
-from ditlit.data.images import BrokenImage, preprocess, short_side
 from ditlit.data.manifest import Shard
 from ditlit.data.shards import shard_name, write_shard
-from ditlit.data.sources import ImageSource
-from ditlit.data.vae import Autoencoder
 from ditlit.data.workers import Loader
 from ditlit.errors import InputError
+from ditlit.images.decoding import BrokenImage, preprocess, short_side
+from ditlit.images.sources import ImageSource
+from ditlit.images.vae import Autoencoder
 
 METADATA = "encoding"  # key of our entry in a shard's header
 

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ditlit.data.archives import NOWHERE
-from ditlit.data.class_folders import by_folder, check_parts, leave_out_masks
-from ditlit.data.files import File, Listing, add_folder, list_files, read_file
-from ditlit.data.images import SUFFIXES
-from ditlit.data.label_files import label_file, labelled
-from ditlit.data.numbering import Numbering, number_classes
-from ditlit.data.sidecars import one_of_each_sample, sidecar_labels
+from ditlit.data.manifest import IMAGE_SUFFIXES
 from ditlit.errors import InputError, counted
+from ditlit.images.archives import NOWHERE
+from ditlit.images.class_folders import by_folder, check_parts, leave_out_masks
+from ditlit.images.files import File, Listing, add_folder, list_files, read_file
+from ditlit.images.label_files import label_file, labelled
+from ditlit.images.numbering import Numbering, number_classes
+from ditlit.images.sidecars import one_of_each_sample, sidecar_labels
 
 Label = int | str
 NAMED = 3  # classes in the line that says what a source holds
@@ -101,7 +101,8 @@ def open_images(images: str | Path, labels: str | Path | None = None, within: st
     if not listing.images:
         leave_out_others(listing, set())
         raise InputError(
-            f"there are no images in {root / listing.within}: none ends in {', '.join(SUFFIXES)}; {listing.left_out}"
+            f"there are no images in {root / listing.within}: none ends in {', '.join(IMAGE_SUFFIXES)}; "
+            f"{listing.left_out}"
         )
     file = label_file(listing, labels)
     if file is not None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from ditlit.data.archives import NOWHERE, read_index
-from ditlit.data.images import MAGIC_BYTES, SUFFIXES, is_image_data
+from ditlit.data.manifest import IMAGE_SUFFIXES
 from ditlit.errors import InputError
+from ditlit.images.archives import NOWHERE, read_index
+from ditlit.images.decoding import MAGIC_BYTES, is_image_data
 
 SYSTEM = {
     "__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "system volume information", "lost+found",
@@ -90,7 +91,7 @@ class Listing:
     def is_image(self, file: File) -> bool:
         suffix = os.path.splitext(file.path)[1].lower()
         if suffix and not suffix[1:].isdigit():
-            return suffix in SUFFIXES
+            return suffix in IMAGE_SUFFIXES
         return file.size != NOWHERE and is_image_data(self.read(file, MAGIC_BYTES))
 
     def read(self, file: File, most: int | None = None) -> bytes:

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ditlit.errors import check_positive
-from ditlit.training.checkpoint_files import CheckpointFiles
+from ditlit.resilience.checkpoint_files import CheckpointFiles
 
 LAST = "last"
 

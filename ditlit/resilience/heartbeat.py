@@ -5,7 +5,7 @@ import os
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ditlit.pulse import Pulse
-from ditlit.training.interruption import Interrupted
+from ditlit.resilience.interruption import Interrupted
 
 
 class Heartbeat(Callback):

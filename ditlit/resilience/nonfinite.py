@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from ditlit.data.sampler import TrainOrder
-from ditlit.training.checkpoint_files import CheckpointFiles, newest_complete
-from ditlit.training.devices import is_sharded, local, reshard
-from ditlit.training.resuming import keep_settings
-from ditlit.training.run_folder import run_folder
+from ditlit.parallel.shards import is_sharded, local, reshard
+from ditlit.resilience.checkpoint_files import CheckpointFiles, newest_complete
+from ditlit.resilience.resuming import keep_settings
+from ditlit.resilience.run_folder import run_folder
 
 REPORT = "nonfinite.json"
 MAX_REPORTED = 100  # steps explained in one run

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from ditlit.data.encoding import Written
 from ditlit.data.folders import Folder
-from ditlit.data.images import preprocess
 from ditlit.data.manifest import Manifest
-from ditlit.data.sources import ImageSource
-from ditlit.data.vae import Autoencoder
 from ditlit.errors import counted
+from ditlit.images.decoding import preprocess
+from ditlit.images.encoding import Written
+from ditlit.images.sources import ImageSource
+from ditlit.images.vae import Autoencoder
 from ditlit.pictures import grid_of, to_uint8
 
 ROUND_TRIPS = 8

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ditlit.errors import check_positive
 from ditlit.models.probes import blocks_of, largest_logit, watch_attention, watch_blocks
-from ditlit.training.devices import reshard
+from ditlit.parallel.shards import reshard
 
 
 class ActivationMaxima(Callback):

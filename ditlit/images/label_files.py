@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from ditlit.data.files import File, Listing
-from ditlit.data.images import SUFFIXES
-from ditlit.data.numbering import number_or_name
+from ditlit.data.manifest import IMAGE_SUFFIXES
 from ditlit.errors import InputError
+from ditlit.images.files import File, Listing
+from ditlit.images.numbering import number_or_name
 
 LABEL_FILES = ("labels.csv", "dataset.json")  # read without being named
 SEPARATORS = ",;\t "
@@ -141,7 +141,7 @@ def fitting(text: str, separator: str, is_image: Callable[[str], bool]) -> tuple
 
 
 def is_header(name: str, label: str) -> bool:
-    return not name.lower().endswith(SUFFIXES) and "/" not in name and not label.lstrip("-").isdigit()
+    return not name.lower().endswith(IMAGE_SUFFIXES) and "/" not in name and not label.lstrip("-").isdigit()
 
 
 def read_dataset_json(data: bytes, where: str) -> Iterator[Row]:

@@ -8,10 +8,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
+from ditlit.callbacks.costs import WaitForData, memory_in_use
+from ditlit.callbacks.overview import write_overview
+from ditlit.callbacks.peaks import peak_of
 from ditlit.models import DiT, macs
-from ditlit.training.costs import WaitForData, memory_in_use
-from ditlit.training.overview import write_overview
-from ditlit.training.peaks import peak_of
 
 QUARTILES = 4
 

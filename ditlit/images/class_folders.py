@@ -5,8 +5,8 @@ import posixpath
 import re
 from itertools import takewhile
 
-from ditlit.data.files import File, Listing, is_hidden
 from ditlit.errors import InputError
+from ditlit.images.files import File, Listing, is_hidden
 
 SPLIT = re.compile(
     r"(train|training|val|valid|validation|test|testing|eval|dev)([ _-]?(set|data|images|imgs|split|\d+))*"

@@ -3,10 +3,10 @@
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ditlit.callbacks.pictures import draw_images
 from ditlit.data.digits import DigitJudge
-from ditlit.data.vae import load_decoder
-from ditlit.training.pictures import draw_images
-from ditlit.training.run_folder import run_folder
+from ditlit.images.vae import load_decoder
+from ditlit.resilience.run_folder import run_folder
 
 
 class DigitsReport(Callback):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ditlit.errors import counted
 from ditlit.models import DiT
-from ditlit.training.devices import is_sharded, local
+from ditlit.parallel.shards import is_sharded, local
 
 # Where memory can run out beside the steps: the function that is at work there, and what to lower.
 BESIDE = {

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ditlit.training.checkpoint_files import CheckpointFiles
-from ditlit.training.saving import last_checkpoint
+from ditlit.resilience.checkpoint_files import CheckpointFiles
+from ditlit.resilience.saving import last_checkpoint
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 SAME_SIGNAL = 1.0  # seconds: launchers pass on a Ctrl-C that the terminal has sent to all processes already

@@ -7,10 +7,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.tensorboard.summary import hparams
 
+from ditlit.callbacks.loggers import log_text
 from ditlit.checkpoints.contents import class_of, variant_name
 from ditlit.data.manifest import Manifest
 from ditlit.models import DiT, macs, num_parameters
-from ditlit.training.loggers import log_text
 
 # Curves that belong in one picture, by the tab's sections. Tags are regular expressions.
 LAYOUT = {

@@ -1,123 +1,24 @@
-"""Training on many devices: how many, and whether each holds the whole model (DDP) or a part of it (FSDP2)."""
+"""FSDP2: every device holds a part of the model."""
 
-import inspect
-import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from jsonargparse import Namespace
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
-    DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     Strategy,
     StrategyRegistry,
 )
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from ditlit.errors import InputError
-from ditlit.models import DiT
-
-T = TypeVar("T")
-
-
-def launched(trainer: Namespace) -> dict[str, int]:
-    """Nodes and devices for which torchrun or srun has started processes, where the user names no others.
-
-    Args:
-        trainer: the user's settings of the Trainer.
-    """
-    if TorchElasticEnvironment.detect():
-        number = {"num_nodes": os.environ["GROUP_WORLD_SIZE"], "devices": os.environ["LOCAL_WORLD_SIZE"]}
-    elif SLURMEnvironment.detect() and "SLURM_STEP_NUM_NODES" in os.environ:  # without srun nobody starts the others
-        number = {"num_nodes": os.environ["SLURM_STEP_NUM_NODES"]}
-    else:
-        number = {}
-    open_settings = [name for name, value in (("num_nodes", 1), ("devices", "auto")) if trainer[name] == value]
-    return {name: int(value) for name, value in number.items() if name in open_settings}
-
-
-def decided_by_rank_0(trainer: Trainer, decide: Callable[[], T]) -> T:
-    """What ``decide`` gives on rank 0, told to all: what each looked up by itself might differ on a shared disk.
-
-    Processes that Lightning is to start are started now, and meet. An error of rank 0 ends the others without a word.
-    """
-    strategy = trainer.strategy
-    launcher = strategy.launcher  # None where the processes run already, and one that forks them has them inherit
-    forks = launcher is not None and launcher.is_interactive_compatible
-    if not isinstance(strategy, DDPStrategy | FSDP2) or trainer.world_size == 1 or forks:
-        return decide()
-
-    def together() -> T:
-        strategy.setup_distributed()
-        strategy.accelerator.setup_device(strategy.root_device)  # on which NCCL communicates
-        decision, error = None, None
-        if strategy.is_global_zero:
-            try:
-                decision = decide()
-            except Exception as caught:
-                error = caught
-        decision, failed = strategy.broadcast((decision, error is not None))
-        if error is not None:
-            raise error
-        if failed:
-            sys.exit(2)
-        return decision
-
-    return together() if launcher is None else launcher.launch(together)
-
-
-# What says whether DDP sends buffers around in every step; newer versions have another word for it.
-SYNC_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel).parameters
-)
-
-# Whole models --------------------------------------------------------------------------------------------------------
-
-
-def prepare_ddp(trainer: Trainer, module: LightningModule) -> None:
-    """Settings of DDP that suit a DiT, where the user has left them open.
-
-    Gradients lie in the buckets that are reduced, which saves their second copy, and the position table is not sent
-    around in every step. The graph is declared static where it is: a DiT computes the same in every step. Not while
-    batches are accumulated, where torch would fail, and not with compiled blocks, for which torch has not promised it.
-    Those stay whole: torch would cut them along the buckets, so that gradients travel early, but from block to block
-    they do so anyway.
-
-    Raises:
-        InputError: where the user asks for both a static graph and accumulated batches.
-    """
-    strategy = trainer.strategy
-    if not isinstance(strategy, DDPStrategy):
-        return
-    accumulates = trainer.accumulate_grad_batches > 1
-    if strategy._ddp_kwargs.get("static_graph") and accumulates:
-        raise InputError("DDP cannot accumulate batches with static_graph: remove it, or accumulate_grad_batches")
-    strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
-    if module.compile_blocks:
-        torch._dynamo.config.optimize_ddp = False
-    if isinstance(module.denoiser, DiT):
-        strategy._ddp_kwargs.setdefault(SYNC_BUFFERS, False)
-        if not module.compile_blocks and not accumulates:
-            strategy._ddp_kwargs.setdefault("static_graph", True)
-
-
-# Shards --------------------------------------------------------------------------------------------------------------
+from ditlit.parallel.shards import gathered, has_shape, shard_like
 
 MIXED = {"bf16-mixed": torch.bfloat16}
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
@@ -242,9 +143,6 @@ class FSDP2(ModelParallelStrategy):
         self.checkpoint_io.teardown()
 
 
-StrategyRegistry.register(
-    "ddp_bf16", DDPStrategy, description="DDP whose gradients travel in bfloat16", ddp_comm_hook=bf16_compress_hook
-)
 StrategyRegistry.register("fsdp2", FSDP2, description="Fully sharded data parallelism with torch's fully_shard")
 
 
@@ -258,53 +156,3 @@ def split(denoiser: nn.Module, strategy: Strategy) -> None:
         strategy.shard(denoiser)
     elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
         raise InputError(f"trainer.strategy {type(strategy).__name__} is not supported: use --trainer.strategy fsdp2")
-
-
-# Whole tensors and their shards --------------------------------------------------------------------------------------
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank holds whole, on the device and in the shards of ``like``."""
-    if isinstance(whole, DTensor):
-        return whole
-    if isinstance(like, DTensor):
-        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-    return whole.to(like.device)
-
-
-def has_shape(value: Any, like: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == like.shape
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor, whole on every rank; all ranks must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def gathered(tree: Any) -> Any:
-    """A tree of plain values and tensors with sharded tensors whole on rank 0's CPU; None in their places on others.
-
-    All ranks must call this.
-    """
-
-    def on_rank_0(shard: DTensor) -> Tensor | None:
-        tensor = shard.full_tensor()
-        return tensor.cpu() if dist.get_rank() == 0 else None
-
-    return apply_to_collection(tree, DTensor, on_rank_0)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    return isinstance(module, FSDPModule)
-
-
-def reshard(module: nn.Module) -> None:
-    """Free what forward passes have left gathered, so that the parameters of ``module`` are the shards."""
-    for part in module.modules() if is_sharded(module) else ():
-        if isinstance(part, FSDPModule):
-            part.reshard()

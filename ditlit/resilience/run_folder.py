@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from ditlit import checkpoints
 from ditlit.checkpoints.torch_files import plain_data
 from ditlit.errors import InputError
-from ditlit.training.checkpoint_files import newest_complete
+from ditlit.resilience.checkpoint_files import newest_complete
 
 CONFIG = "config.yaml"
 # What only a run leaves in its folder.

@@ -10,9 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 PREPROCESSING = "EXIF rotation, alpha over white, RGB, halved by box filter, bicubic to the short side, centre crop"
-SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2",
-)  # fmt: skip
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")  # how such files begin
 MAGIC_BYTES = 12  # of a file that tell whether it is an image
 ORIENTATION = 0x0112  # EXIF tag

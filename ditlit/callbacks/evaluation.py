@@ -11,9 +11,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from ditlit.callbacks.pictures import draw_images
 from ditlit.data.folders import check_writable, is_remote
-from ditlit.data.vae import Autoencoder, load_autoencoder, state_hash
-from ditlit.diffusion.sampling import mix
+from ditlit.diffusion.noise import mix
 from ditlit.errors import InputError, check_positive
 from ditlit.evaluation.cache import DEFAULT_FOLDER, FeatureCache
 from ditlit.evaluation.extraction import extract, shared_features
@@ -21,9 +21,9 @@ from ditlit.evaluation.extractors import INCEPTION, Extractor, describe, load_ex
 from ditlit.evaluation.passport import passport, write_report
 from ditlit.evaluation.protocol import Results, check_side, chosen_metrics, layers_of, measure, title
 from ditlit.evaluation.sources import Source, content_hash, open_source
-from ditlit.training.devices import gathered
-from ditlit.training.pictures import draw_images
-from ditlit.training.run_folder import run_folder
+from ditlit.images.vae import Autoencoder, load_autoencoder, state_hash
+from ditlit.parallel.shards import gathered
+from ditlit.resilience.run_folder import run_folder
 
 CHUNK = 512  # images held at once; fixed, so that the same are drawn on any number of devices
 

@@ -1,0 +1,1 @@
+"""From images, wherever they lie, to latents: reading, labels, the VAE, encoding."""

@@ -1,0 +1,1 @@
+"""Settings that several commands and configurations share, each declared once; nothing here imports torch."""
