@@ -3,13 +3,13 @@
 import errno
 import os
 import sys
-from collections.abc import Callable
 from difflib import get_close_matches
-from importlib import import_module
 
 from ditlit import __version__
+from ditlit.commands import COMMANDS, call, settings_of
 from ditlit.errors import InputError
 from ditlit.quiet import quieten
+from ditlit.settings.flags import add_arguments
 
 USAGE = f"""ditlit {__version__}: train, sample and understand Diffusion Transformers
 
@@ -34,8 +34,6 @@ See a recipe   ditlit fit --config xl2.yaml --print_config
 All settings   ditlit fit --help
 """
 
-# Commands that are a function whose keywords are the settings.
-FUNCTIONS = ("encode", "sample", "evaluate", "evaluate sweep", "evaluate loss", "evaluate scaling", "convert")
 LIGHTNING = ("fit", "validate", "test", "predict")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KEPT = "run the command again to go on: what is written is kept"
@@ -54,14 +52,14 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     quieten()
-    command = next((name for name in (" ".join(sys.argv[1:3]), sys.argv[1]) if name in FUNCTIONS), None)
+    command = next((name for name in (" ".join(sys.argv[1:3]), sys.argv[1]) if name in COMMANDS), None)
     try:
         if command is not None:
             from ditlit.parser import parsed
 
             settings = parsed(command_parser(command), joined(sys.argv[1 + len(command.split()) :]))
             settings.pop("config")
-            command_function(command)(**settings.as_dict())
+            call(command, **settings.as_dict())
         elif sys.argv[1] == "benchmark":
             from ditlit.benchmarking.cli import BenchmarkCLI
 
@@ -71,7 +69,7 @@ def main() -> None:
 
             DitlitCLI()
         else:
-            near = get_close_matches(sys.argv[1], (*LIGHTNING, *FUNCTIONS, "benchmark"), 1)
+            near = get_close_matches(sys.argv[1], (*LIGHTNING, *COMMANDS, "benchmark"), 1)
             meant = f"; did you mean {near[0]}?" if near else "."
             raise InputError(f"there is no command {sys.argv[1]!r}{meant} All are shown by ditlit --help")
     except InputError as error:
@@ -127,19 +125,14 @@ def joined(words: list[str]) -> list[str]:
     return words
 
 
-def command_function(command: str) -> Callable[..., None]:
-    name = command.replace(" ", "_")
-    return getattr(import_module(f"ditlit.commands.{name}"), name)
-
-
 def command_parser(command: str):
-    """The parser of a command that is a function: its keywords, explained by its docstring."""
+    """The parser of a command with settings of its own: a dataclass, explained by its docstring."""
     from ditlit.parser import Parser
 
-    function = command_function(command)
-    parser = Parser(prog=f"ditlit {command}", description=function.__doc__.split("\n\n    Args:")[0])
+    settings = settings_of(command)
+    parser = Parser(prog=f"ditlit {command}", description=settings.__doc__.split("\n\n    Args:")[0])
     parser.add_argument("--config", action="config", help="YAML file of these settings")
-    parser.add_function_arguments(function, as_group=False)
+    add_arguments(parser, settings)
     return parser
 
 

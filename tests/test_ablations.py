@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditlit import checkpoints
-from ditlit.checkpoints.contents import Contents, describe, variant_name
+from ditlit.checkpoints.contents import CheckpointContents, describe, variant_name
 from ditlit.checkpoints.diffusers_folders import write_transformer
 from ditlit.checkpoints.safetensors_files import write_safetensors
 from ditlit.checkpoints.torch_files import write_released, write_training
@@ -61,10 +61,10 @@ def inputs(n=4):
     return torch.randn(n, 2, 4, 4, generator=generator), torch.tensor([0, 10, 500, 999])[:n], torch.tensor([0, 1, 2, 3])
 
 
-def contents_of(model: DiT) -> Contents:
+def contents_of(model: DiT) -> CheckpointContents:
     latents = {"shift": [0.0] * 2, "scale": [1.0] * 2}
     about = (describe(model), describe(GaussianDiffusion()), latents)
-    return Contents(dict(model.state_dict()), *about, step=7, weights="ema", format="")
+    return CheckpointContents(dict(model.state_dict()), *about, step=7, weights="ema", format="")
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -226,20 +226,20 @@ def test_faster_layers_compute_the_same(design):
 
 
 @pytest.mark.parametrize("design", DESIGNS)
-@pytest.mark.parametrize(("use_checkpoint", "expected"), [(True, 4), (False, 0), (2, 2), (0, 0), (4, 4)])
-def test_recomputed_blocks_change_no_gradient(design, use_checkpoint, expected):
-    def gradients(use_checkpoint):
-        model = awake(tiny(design, depth=4, use_checkpoint=use_checkpoint))
+@pytest.mark.parametrize(("gradient_checkpointing", "expected"), [(True, 4), (False, 0), (2, 2), (0, 0), (4, 4)])
+def test_recomputed_blocks_change_no_gradient(design, gradient_checkpointing, expected):
+    def gradients(gradient_checkpointing):
+        model = awake(tiny(design, depth=4, gradient_checkpointing=gradient_checkpointing))
         calls = []
         for number, block in enumerate(model.blocks):
             block.norm1.register_forward_hook(lambda *_, number=number: calls.append(number))
         model(*inputs()).square().sum().backward()
         return calls, torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    calls, found = gradients(use_checkpoint)
+    calls, found = gradients(gradient_checkpointing)
     assert len(calls) == 4 + expected
     assert torch.equal(found, gradients(False)[1])
-    if use_checkpoint == 2:
+    if gradient_checkpointing == 2:
         assert sorted(calls[4:]) == [1, 3]  # spread over the depth
 
 
@@ -247,11 +247,11 @@ def test_recomputed_blocks_change_no_gradient(design, use_checkpoint, expected):
 def test_the_command_line_tells_all_blocks_from_one(given, expected):
     parser = ArgumentParser()
     parser.add_class_arguments(DiT, "denoiser")
-    found = parser.parse_args([f"--denoiser.use_checkpoint={given}"]).denoiser.use_checkpoint
+    found = parser.parse_args([f"--denoiser.gradient_checkpointing={given}"]).denoiser.gradient_checkpointing
     assert found is expected
-    assert len(tiny(depth=4, use_checkpoint=found).recomputed) == (4 if expected is True else int(expected))
+    assert len(tiny(depth=4, gradient_checkpointing=found).recomputed) == (4 if expected is True else int(expected))
 
 
 def test_only_so_many_blocks_can_be_recomputed():
     with pytest.raises(InputError, match="between 0 and all 2 blocks, got 3"):
-        tiny(use_checkpoint=3)
+        tiny(gradient_checkpointing=3)

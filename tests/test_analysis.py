@@ -317,33 +317,35 @@ def test_samples_of_an_opened_checkpoint_are_those_of_the_module_and_leave_its_m
     module, path = run
     opened = analysis.open_checkpoint(path, device="cpu")
     y = torch.tensor([1, 3])
-    drawn = opened.drawer(module.sampling, seed=5).draw([0, 1], y)
+    drawn = opened.pipeline(module.sampling, seed=5).draw([0, 1], y)
     with torch.no_grad():
         torch.testing.assert_close(drawn, module.eval().sample(y, [0, 1], seed=5), rtol=1e-4, atol=1e-4)
     assert type(opened.ema.denoiser.blocks[0].attn.qkv) is nn.Linear
-    assert not torch.equal(opened.drawer(module.sampling, "raw", seed=5).draw([0, 1], y), drawn)
+    assert not torch.equal(opened.pipeline(module.sampling, "raw", seed=5).draw([0, 1], y), drawn)
     opened.raw = None
     with pytest.raises(InputError, match="one set of weights only"):
-        opened.drawer(module.sampling, "raw")
+        opened.pipeline(module.sampling, "raw")
 
 
 def test_snapshots_lead_from_the_noise_to_the_sample(run):
     _, path = run
     opened = analysis.open_checkpoint(path, device="cpu")
-    drawer = opened.drawer(Sampling("ddpm", num_steps=5), seed=2)
+    pipeline = opened.pipeline(Sampling("ddpm", num_steps=5), seed=2)
     y = torch.tensor([1, 3])
-    found = analysis.snapshots(drawer, y, 3)
+    found = analysis.snapshots(pipeline, y, 3)
     assert found.timesteps == [999, 500, 0]
     kept = []
-    latents = drawer.draw([0, 1], y, callback=lambda step, t, x, x0: kept.append((x, x0)))
-    expected = [(drawer.images(drawer.raw(kept[s - 1][0])), drawer.images(drawer.raw(kept[s][1]))) for s in (2, 4)]
+    latents = pipeline.draw([0, 1], y, callback=lambda step, t, x, x0: kept.append((x, x0)))
+    expected = [
+        (pipeline.images(pipeline.raw(kept[s - 1][0])), pipeline.images(pipeline.raw(kept[s][1]))) for s in (2, 4)
+    ]
     for i, (x_t, x0) in enumerate(expected, 1):
         assert torch.equal(found.noisy[i], x_t) and torch.equal(found.clean[i], x0)
-    assert torch.equal(found.clean[-1], drawer.images(latents))
+    assert torch.equal(found.clean[-1], pipeline.images(latents))
     noise = torch.stack([torch.randn(3, 8, 8, generator=g) for g in sample_generators(2, range(2))])
-    assert torch.equal(found.noisy[0], drawer.images(drawer.raw(noise)))
+    assert torch.equal(found.noisy[0], pipeline.images(pipeline.raw(noise)))
     with pytest.raises(InputError, match="columns must lie between 2 and the number of steps, 5; got 6"):
-        analysis.snapshots(drawer, y, 6)
+        analysis.snapshots(pipeline, y, 6)
 
 
 def test_the_store_of_a_run_is_found_from_other_folders_and_held_out_samples_first(tmp_path):

@@ -160,7 +160,7 @@ def test_the_largest_batch_is_found_exactly_and_soon(nothing_to_free):
 def test_the_search_for_a_batch_ends(nothing_to_free):
     for largest in (1, 2, 63, 64, 65):
         assert largest_batch(limited(10**9), largest) == largest
-    with pytest.raises(InputError, match=r"not even a batch of one .*use_checkpoint true"):
+    with pytest.raises(InputError, match=r"not even a batch of one .*gradient_checkpointing true"):
         largest_batch(limited(0))
 
     def broken(n):
@@ -474,7 +474,7 @@ def test_a_plan_measures_checkpointing_and_compiling_whatever_the_configuration_
     measured = []
 
     def measure(subject, warmup, repeats, makers):
-        measured.append((subject.module.denoiser.config["use_checkpoint"], subject.module.compile_blocks))
+        measured.append((subject.module.denoiser.config["gradient_checkpointing"], subject.module.compile_blocks))
         if measured[-1] == (False, False):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return found
@@ -482,7 +482,7 @@ def test_a_plan_measures_checkpointing_and_compiling_whatever_the_configuration_
     def build():
         subject = make_build()()
         denoiser = subject.module.denoiser
-        subject.module.denoiser = DiT(**(denoiser.config | {"use_checkpoint": True}))
+        subject.module.denoiser = DiT(**(denoiser.config | {"gradient_checkpointing": True}))
         return subject
 
     bench = Benchmark(build, Settings(plan="1k steps, 2 GPUs"))
@@ -519,7 +519,7 @@ def test_other_denoisers_are_timed_and_not_counted(make_build, monkeypatch):
     report = Benchmark(build, Settings(warmup=2, repeats=2, compare="none", plan="1 step, 1 GPU")).run()
     assert report.subject.macs is report.ceiling.measured is report.training["ditlit"].of_ceiling is None
     assert report.training["ditlit"].images_per_second > 0 and not report.sampling
-    assert report.plan_rows[1].why == "this denoiser has no use_checkpoint"
+    assert report.plan_rows[1].why == "this denoiser has no gradient_checkpointing"
     text = as_text(report)
     assert "Plain: 12 parameters, - multiply-adds" in text and "sampling step" not in text
     report.largest_batch = LargestBatch(11, 3)

@@ -85,7 +85,8 @@ def test_recorded_weights_of_the_released_code_give_the_recorded_output(referenc
 @pytest.mark.parametrize("variant", ["DiT-S/8", "DiT-S/2", "DiT-B/4", "DiT-L/2", "DiT-XL/2"])
 @pytest.mark.parametrize("input_size", [32, 64])
 def test_sizes_of_released_weights_are_told_from_their_shapes(variant, input_size):
-    from ditlit.checkpoints.sizes import Given, infer
+    from ditlit.checkpoints.sizes import infer
+    from ditlit.settings import Reading
 
     with torch.device("meta"):
         model = DiT(variant, input_size=input_size, num_classes=1000)
@@ -93,7 +94,7 @@ def test_sizes_of_released_weights_are_told_from_their_shapes(variant, input_siz
             {k: v for k, v in released(model).items() if k != "pos_embed"}, checkpoints.names.RELEASED, "DiT"
         )
     tokens = model.grid[0] * model.grid[1]
-    assert infer(state, tokens, Given(), "x.pt") == model.config
+    assert infer(state, tokens, Reading(), "x.pt") == model.config
 
 
 def test_released_weights_bring_the_paper_s_process_and_latents(tmp_path):

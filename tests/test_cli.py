@@ -11,9 +11,10 @@ import pytest
 import torch
 import yaml
 
-from ditlit.__main__ import FUNCTIONS, command_parser, joined, let_idle_threads_sleep, main
+from ditlit.__main__ import command_parser, joined, let_idle_threads_sleep, main
 from ditlit.benchmarking.cli import BenchmarkCLI
 from ditlit.cli import DitlitCLI, find_config, with_found_configs
+from ditlit.commands import COMMANDS
 from ditlit.errors import InputError
 from ditlit.mistakes import unknown_setting
 
@@ -63,7 +64,7 @@ def test_every_configuration_builds(cli, config):
         group = optimizer.param_groups[0]
         assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, (0.9, 0.999), 0.0)
         assert built.model.ema.decay == 0.9999 and not built.model.ema.warmup
-        assert built.model.label_dropout == 0.1 and built.trainer.gradient_clip_val is None
+        assert built.model.class_dropout_prob == 0.1 and built.trainer.gradient_clip_val is None
         assert built.datamodule.global_batch_size == 256 and built.datamodule.flip
         assert yaml.safe_load(config.read_text())["trainer"]["precision"] == "bf16-mixed"
 
@@ -134,8 +135,8 @@ def test_the_checkpoint_does_not_override_the_configuration(cli, make_module, ma
     trainer.fit(make_module(), datamodule)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     path = str(tmp_path / "x.ckpt")
-    built = cli("fit", "--config", "digits.yaml", "--ckpt_path", path, "--model.label_dropout", "0.3")
-    assert built.model.label_dropout == 0.3 and built.model.denoiser.num_classes == 10
+    built = cli("fit", "--config", "digits.yaml", "--ckpt_path", path, "--model.class_dropout_prob", "0.3")
+    assert built.model.class_dropout_prob == 0.3 and built.model.denoiser.num_classes == 10
 
 
 def help_of(monkeypatch, capsys, *words):
@@ -153,13 +154,13 @@ def test_help_is_what_one_can_read(monkeypatch, capsys):
     text = help_of(monkeypatch, capsys, "fit", "--help")
     assert len(text.splitlines()) < 180 and max(map(len, text.splitlines())) <= 120
     for name in (
-        "model.label_dropout", "model.sampling.num_steps", "model.denoiser.num_heads", "model.ema.decay", "data.store",
-        "trainer.max_steps", "trainer.default_root_dir", "matmul_precision", "ckpt_path", "config",
+        "model.class_dropout_prob", "model.sampling.num_steps", "model.denoiser.num_heads", "model.ema.decay",
+        "data.store", "trainer.max_steps", "trainer.default_root_dir", "matmul_precision", "ckpt_path", "config",
     ):  # fmt: skip
         assert f"\n  --{name}" in text
     assert "probability of replacing a label by the null class, for classifier-free guidance." in text
     assert "(float, default: 0.1)" in text and "(linear | cosine, default: linear)" in text
-    assert text.index("\n  --model.label_") < text.index("\n  --data.store") < text.index("\n  --trainer.max_steps")
+    assert text.index("\n  --model.class_") < text.index("\n  --data.store") < text.index("\n  --trainer.max_steps")
     for absent in ("barebones", "subclasses", "torch.nn.", "BatchSizeFinder", "usage:", "SUPPRESS", "model.seed"):
         assert absent not in text
     assert "--help all" in text and "digits.yaml" in text
@@ -172,7 +173,7 @@ def test_help_finds_settings_by_a_word_and_shows_all(monkeypatch, capsys):
     ]  # fmt: skip
     assert "trainer.barebones" in help_of(monkeypatch, capsys, "fit", "--help", "trainer")
     text = help_of(monkeypatch, capsys, "fit", "--help", "all")
-    assert "trainer.barebones" in text and "model.label_dropout" in text and len(text.splitlines()) < 400
+    assert "trainer.barebones" in text and "model.class_dropout_prob" in text and len(text.splitlines()) < 400
     assert "no setting has 'xyzzy' in its name" in said_by(monkeypatch, capsys, "fit", "--help", "xyzzy")
 
 
@@ -181,7 +182,7 @@ def test_help_shows_the_settings_of_a_class(monkeypatch, capsys):
     assert "every_n_steps" in text and "draw every so many optimizer steps" in text
 
 
-@pytest.mark.parametrize("command", FUNCTIONS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_commands(monkeypatch, capsys, command):
     text = help_of(monkeypatch, capsys, *command.split(), "--help")
     description = " ".join(command_parser(command).description.split())
@@ -483,7 +484,7 @@ def readme_commands():
 
 @pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
 def test_readme_commands_parse(cli, words, monkeypatch):
-    command = next((name for name in (" ".join(words[:2]), words[0]) if name in FUNCTIONS), None)
+    command = next((name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), None)
     if command is not None:
         command_parser(command).parse_args(joined(words[len(command.split()) :]))
         return

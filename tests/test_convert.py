@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from jsonargparse import auto_cli
+from calls import convert
 from weights import LATENTS, assert_same, parameters, released, scrambled
 
 from ditlit import checkpoints
-from ditlit.commands.convert import convert
+from ditlit.__main__ import main
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.errors import InputError
 from ditlit.models import DiT
@@ -164,9 +164,12 @@ def test_files_are_no_larger_than_their_weights_and_everybody_s_to_read(source, 
         assert file.stat().st_mode & 0o777 == plain.stat().st_mode & 0o777  # as readable as any new file
 
 
-def test_the_command_line_takes_it(source, tmp_path, capsys):
-    auto_cli(convert, args=[source(scrambled()), str(tmp_path / "x.pt"), "--dtype", "bfloat16"], as_positional=True)
+def test_the_command_line_takes_it(source, tmp_path, monkeypatch, capsys):
+    words = ["--source", source(scrambled()), "--out", str(tmp_path / "x.pt"), "--dtype", "bfloat16"]
+    monkeypatch.setattr("sys.argv", ["ditlit", "convert", *words])
+    main()
     assert checkpoints.read(tmp_path / "x.pt", num_heads=4).state["final.linear.bias"].dtype == torch.bfloat16
+    monkeypatch.setattr("sys.argv", ["ditlit", "convert", "--help", "dtype"])
     with pytest.raises(SystemExit):
-        auto_cli(convert, args=["--help"], as_positional=True)
+        main()
     assert "precision of the weights written" in capsys.readouterr().out

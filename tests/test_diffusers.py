@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from calls import convert
 from weights import LATENTS, assert_same, parameters, scrambled
 
 from ditlit import checkpoints
 from ditlit.checkpoints.timesteps import MLP, refitted
-from ditlit.commands.convert import convert
 from ditlit.diffusion import ClassifierFreeGuidance, GaussianDiffusion, ddim
 from ditlit.errors import InputError
 from ditlit.models import DiT

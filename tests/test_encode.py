@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from calls import encode
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
 from ditlit.__main__ import main
-from ditlit.commands.encode import encode
 from ditlit.data.audit import audit
 from ditlit.data.store import LatentStore
 from ditlit.data.workers import lost_worker

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls import evaluate
 from extractor import Colours
 from PIL import Image
 
-from ditlit.commands.evaluate import evaluate
 from ditlit.data import LatentStore, write_store
 from ditlit.errors import InputError
 from ditlit.evaluation import frechet_distance, inception_score, precision_recall
@@ -99,9 +99,9 @@ def test_two_processes_and_workers_get_the_numbers_of_one(data, run, tmp_path):
     expected = run(data["generated"], data["real"], bootstrap=5)
     script = tmp_path / "run.py"
     script.write_text(
-        "from ditlit.commands.evaluate import evaluate\n"
-        f"evaluate({data['generated']!r}, {data['real']!r}, 'two.json', extractor={COLOURS!r}, batch_size=16,\n"
-        "         num_workers=2, cache='other', accelerator='cpu', devices=2, bootstrap=5)\n"
+        "from ditlit.commands import call\n"
+        f"call('evaluate', generated={data['generated']!r}, reference={data['real']!r}, out='two.json',\n"
+        f"     extractor={COLOURS!r}, batch_size=16, num_workers=2, cache='other', accelerator='cpu', devices=2, bootstrap=5)\n"
     )
     result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -118,9 +118,9 @@ def test_a_broken_image_ends_all_processes_with_one_message(data, tmp_path):
     (folder / "0033.png").write_bytes(b"no image")
     script = tmp_path / "run.py"
     script.write_text(
-        "import sys\nfrom ditlit.commands.evaluate import evaluate\nfrom ditlit.errors import InputError\ntry:\n"
-        f"    evaluate('broken', {data['real']!r}, extractor={COLOURS!r}, batch_size=16, cache='c',\n"
-        "             accelerator='cpu', devices=2)\nexcept InputError as error:\n    sys.exit(f'refused: {error}')\n"
+        "import sys\nfrom ditlit.commands import call\nfrom ditlit.errors import InputError\ntry:\n"
+        f"    call('evaluate', generated='broken', reference={data['real']!r}, extractor={COLOURS!r},\n"
+        "         batch_size=16, cache='c', accelerator='cpu', devices=2)\nexcept InputError as error:\n    sys.exit(f'refused: {error}')\n"
     )
     result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0
@@ -286,7 +286,7 @@ def disk_that_fails(path, data):
 
 
 def test_a_report_that_cannot_be_written_leaves_its_numbers_on_the_screen(data, run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ditlit.evaluation.passport.write_atomically", disk_that_fails)
+    monkeypatch.setattr("ditlit.evaluation.provenance.write_atomically", disk_that_fails)
     with pytest.raises(InputError, match=r"cannot write .*r.json: Read-only file system. The numbers are those shown"):
         run(data["generated"], data["real"])
     assert f"  {DISTANCE}  " in capsys.readouterr().out

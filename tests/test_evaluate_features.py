@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls import evaluate
 from extractor import write_random_inception
 from torch.nn.functional import conv2d, pad
 
-from ditlit.commands.evaluate import evaluate
 from ditlit.errors import InputError
 from ditlit.evaluation import frechet_distance, load_extractor
 from ditlit.evaluation.extraction import features_of

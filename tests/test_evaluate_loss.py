@@ -7,15 +7,16 @@ import os
 import numpy as np
 import pytest
 import torch
+from calls import evaluate_loss
 from lightning.pytorch import Trainer
 
 from ditlit import checkpoints
-from ditlit.commands.evaluate_loss import compare_weights, compute, evaluate_loss, wrong_labels
+from ditlit.commands.evaluate_loss import compare_weights, compute, wrong_labels
 from ditlit.data import DigitsDataModule, LatentStore, write_store
 from ditlit.data.digits import load_digits
 from ditlit.diffusion import GaussianDiffusion
 from ditlit.errors import InputError
-from ditlit.evaluation.losses import Average, Latents, Losses, by_timestep, findings, reference_for
+from ditlit.evaluation.losses import AverageDistance, Latents, Losses, by_timestep, findings, reference_for
 from ditlit.models import DiT
 from ditlit.training import EMA, DiTModule
 
@@ -38,7 +39,7 @@ def test_errors_are_averaged_in_bins_of_timesteps():
 
 
 def test_nothing_is_said_of_a_healthy_run():
-    assert findings(losses(raw=0.31), GOOD, Average(10_000, 0.05, 0.6)) == []
+    assert findings(losses(raw=0.31), GOOD, AverageDistance(10_000, 0.05, 0.6)) == []
 
 
 @pytest.mark.parametrize(
@@ -53,13 +54,16 @@ def test_nothing_is_said_of_a_healthy_run():
         (dict(losses=losses(wrong=0.28)), "the classes are numbered otherwise"),
         (dict(losses=losses(null=0.5)), "the null label gives a higher error than wrong labels"),
         (dict(losses=losses(null=0.3)), "it is not what it was in training"),
-        (dict(average=Average(1000, 0.0, 1.0)), "equals the raw weights to the bit"),
-        (dict(average=Average(1000, 0.9, 0.0)), "the moving average does not move"),
-        (dict(losses=losses(raw=0.2), average=Average(1000, 0.5, 0.5)), "1.50 times that of the raw weights: it lags"),
+        (dict(average=AverageDistance(1000, 0.0, 1.0)), "equals the raw weights to the bit"),
+        (dict(average=AverageDistance(1000, 0.9, 0.0)), "the moving average does not move"),
+        (
+            dict(losses=losses(raw=0.2), average=AverageDistance(1000, 0.5, 0.5)),
+            "1.50 times that of the raw weights: it lags",
+        ),
     ],
 )
 def test_each_mistake_is_named(changes, message):
-    found = findings(**(dict(losses=losses(), latents=GOOD, average=Average(1000, 0.1, 0.5)) | changes))
+    found = findings(**(dict(losses=losses(), latents=GOOD, average=AverageDistance(1000, 0.1, 0.5)) | changes))
     assert len(found) == 1 and message in found[0]
 
 

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from calls import encode, evaluate, evaluate_loss, sample
 from diffusers import AutoencoderTiny
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -20,10 +21,6 @@ from ditlit.benchmarking.benchmark import Benchmark, Settings
 from ditlit.benchmarking.table import as_text
 from ditlit.benchmarking.training import Subject
 from ditlit.callbacks import ActivationMaxima, DigitsReport, SampleGrid, SampleMetrics, TrainingMonitor
-from ditlit.commands.encode import encode
-from ditlit.commands.evaluate import evaluate
-from ditlit.commands.evaluate_loss import evaluate_loss
-from ditlit.commands.sample import sample
 from ditlit.data import DigitsDataModule, LatentDataModule, write_store
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.images.vae import Autoencoder
@@ -305,8 +302,8 @@ def test_analysis(gpu, saved, latents):
     analysis.channel_statistics(opened.raw_latents(rows))
     analysis.round_trips(opened.autoencoder, opened.raw_latents(rows))
     analysis.mirrored(opened.autoencoder, opened.raw_latents(rows))
-    drawer = opened.drawer(Sampling(num_steps=3), "raw")
-    analysis.snapshots(drawer, torch.tensor([0, 1]), 2)
+    pipeline = opened.pipeline(Sampling(num_steps=3), "raw")
+    analysis.snapshots(pipeline, torch.tensor([0, 1]), 2)
     analysis.Quality(opened.images(x0), device=gpu)(opened.images(x0), y)
 
 

@@ -14,35 +14,35 @@ from own import Mortal
 from PIL import Image
 from test_resume import start
 
-from ditlit.pulse import Pulse
+from ditlit.watchdog import RankWatchdog
 
 PATIENCE = 0.8  # seconds; a busy machine may well hold up a thread for a third of one
 
 
 @pytest.fixture
 def ranks():
-    """Three pulses with short times, and what they gave up with."""
+    """Three watchdogs with short times, and what they gave up with."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     said = [[] for _ in range(3)]
-    pulses = []
+    watchdogs = []
     for rank in range(3):
         client = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=1))
         times = dict(interval=0.02, patience=PATIENCE, grace=0.1)
-        pulses.append(Pulse(client, rank, 3, said[rank].append, **times))
-    for pulse in pulses:
-        pulse.start()
-    yield pulses, said
-    for pulse in pulses:
-        pulse._ended.set()
+        watchdogs.append(RankWatchdog(client, rank, 3, said[rank].append, **times))
+    for watchdog in watchdogs:
+        watchdog.start()
+    yield watchdogs, said
+    for watchdog in watchdogs:
+        watchdog._ended.set()
     del server
 
 
-def die(pulse):
+def die(watchdog):
     """As when the process is killed: no word, no further sign of life."""
-    pulse._ended.set()
+    watchdog._ended.set()
 
 
 def wait_for(said, expected):
@@ -53,35 +53,35 @@ def wait_for(said, expected):
 
 
 def test_the_living_are_left_alone_and_may_end_at_different_times(ranks):
-    pulses, said = ranks
-    for pulse in (pulses[2], pulses[1], pulses[0]):
+    watchdogs, said = ranks
+    for watchdog in (watchdogs[2], watchdogs[1], watchdogs[0]):
         time.sleep(PATIENCE + 0.2)
-        pulse.end()
+        watchdog.end()
     assert said == [[], [], []]
 
 
 @pytest.mark.parametrize("dead", [0, 2])
 def test_the_dead_rank_is_named_by_all_others(ranks, dead):
-    pulses, said = ranks
+    watchdogs, said = ranks
     time.sleep(0.1)
-    die(pulses[dead])
+    die(watchdogs[dead])
     gone = [f"rank {dead} is gone: no sign of life for 1 seconds"]
     wait_for(said, [[] if rank == dead else gone for rank in range(3)])
 
 
 def test_a_rank_that_fails_says_why(ranks):
-    pulses, said = ranks
-    pulses[1].fail("InputError: shard-00003.safetensors is missing")
+    watchdogs, said = ranks
+    watchdogs[1].fail("InputError: shard-00003.safetensors is missing")
     failed = ["rank 1 failed (InputError: shard-00003.safetensors is missing)"]
     wait_for(said, [failed, [], failed])
 
 
 def test_ranks_that_fail_together_end_with_their_own_messages(ranks):
-    pulses, said = ranks
-    for pulse in pulses:
-        pulse._ended.set()
-    for pulse in pulses:
-        pulse.fail("InputError: the same everywhere")
+    watchdogs, said = ranks
+    for watchdog in watchdogs:
+        watchdog._ended.set()
+    for watchdog in watchdogs:
+        watchdog.fail("InputError: the same everywhere")
     assert said == [[], [], []]
 
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "errors": set(),
     "hub": set(),
     "quiet": set(),
-    "pulse": set(),
+    "watchdog": set(),
     "precision": set(),
     "pictures": {"errors"},
     "settings": {"errors"},
@@ -26,13 +26,13 @@ MAY_IMPORT = {
     "parser": {"errors", "mistakes"},
     "models": {"errors"},
     "diffusion": {"errors", "settings"},
-    "data": {"errors"},
+    "data": {"errors", "settings"},
     "images": BASE | {"data"},
     "checkpoints": BASE | {"models", "diffusion"},
     "generation": BASE | {"models", "diffusion", "data", "images", "checkpoints"},
     "evaluation": BASE | {"data", "images"},
     "parallel": {"errors", "models"},
-    "resilience": {"errors", "pulse", "models", "data", "checkpoints", "parallel"},
+    "resilience": {"errors", "watchdog", "models", "data", "checkpoints", "parallel"},
     "training": BASE | {"models", "diffusion", "data", "checkpoints", "parallel", "resilience"},
     "callbacks": BASE
     | {"models", "diffusion", "data", "images", "checkpoints", "evaluation", "parallel", "resilience"},
@@ -41,7 +41,7 @@ MAY_IMPORT = {
     | {"models", "diffusion", "data", "checkpoints", "generation", "parallel", "resilience", "training", "callbacks"}
     | {"cli"},
     "commands": BASE
-    | {"models", "diffusion", "data", "images", "checkpoints", "generation", "evaluation", "analysis", "pulse"},
+    | {"models", "diffusion", "data", "images", "checkpoints", "generation", "evaluation", "analysis", "watchdog"},
 }
 TOP = {"cli", "__main__", "__init__"}
 

@@ -124,10 +124,10 @@ def test_a_run_in_shards_continues_as_if_it_had_not_stopped(tmp_path, store, sha
         assert_same(continued[key], whole[key], key)
 
 
-@pytest.mark.parametrize(("precision", "use_checkpoint"), [("32-true", False), ("bf16-mixed", True)])
-def test_one_shard_is_the_whole_to_the_bit(tmp_path, store, precision, use_checkpoint):
+@pytest.mark.parametrize(("precision", "gradient_checkpointing"), [("32-true", False), ("bf16-mixed", True)])
+def test_one_shard_is_the_whole_to_the_bit(tmp_path, store, precision, gradient_checkpointing):
     """Blocks are gathered in bfloat16 where autocast would round their weights: that changes nothing."""
-    model = {"denoiser": {"use_checkpoint": use_checkpoint}}
+    model = {"denoiser": {"gradient_checkpointing": gradient_checkpointing}}
     folders = [
         fit(tmp_path / strategy, store, 1, strategy, model=model, precision=precision) for strategy in ("auto", "fsdp2")
     ]

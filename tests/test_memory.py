@@ -69,7 +69,8 @@ def test_what_would_help_on_four_gpus(monkeypatch):
     assert "NVIDIA A10 (24.0 GB)" in first and f"take {states / 1e9:.1f} GB of it" in first
     assert "32 samples at once (global_batch_size 256 over 4 devices and 2 accumulated batches)" in first
     assert [line.strip().split(":")[0] for line in help] == [
-        "--trainer.accumulate_grad_batches 4", "--model.denoiser.use_checkpoint true", "--trainer.strategy fsdp2",
+        "--trainer.accumulate_grad_batches 4", "--model.denoiser.gradient_checkpointing true",
+        "--trainer.strategy fsdp2",
         "ditlit benchmark with the same settings and --find_batch_size true finds the most samples that fit",
     ]  # fmt: skip
     assert "0.3 GB of those between blocks" in help[1]  # 12 blocks x 32 samples x 256 tokens x 768 x 4 bytes

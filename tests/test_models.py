@@ -144,8 +144,8 @@ def test_every_parameter_learns(positions):
 
 def test_checkpointing_changes_no_gradient():
     gradients = []
-    for use_checkpoint in (False, True):
-        model = awake(tiny(use_checkpoint=use_checkpoint, dropout=0.1))
+    for gradient_checkpointing in (False, True):
+        model = awake(tiny(gradient_checkpointing=gradient_checkpointing, dropout=0.1))
         torch.manual_seed(0)
         model(*inputs(model)).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback
 from torch._utils import ExceptionWrapper
 
 from ditlit import training
-from ditlit.__main__ import command_function
 from ditlit.cli import format_warning, own_words
+from ditlit.commands import call
 from ditlit.data import LatentDataModule
 from ditlit.data.folders import check_writable
 from ditlit.errors import InputError
@@ -66,7 +66,7 @@ def test_commands_refuse_a_place_for_results_before_they_work(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=rf"cannot write to file.*; choose another place with {setting}$"):
-        command_function(command)(**words)
+        call(command, **words)
 
 
 def test_errors_of_processes_that_read_ahead_are_one_line():

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import convert, evaluate_loss, sample
 from own import Forgetful, OwnDenoiser, OwnProcess
 from torch import nn
 from weights import assert_same, parameters, scrambled
 
 from ditlit import checkpoints
 from ditlit.checkpoints.torch_files import write_released
-from ditlit.commands.convert import convert
-from ditlit.commands.evaluate_loss import evaluate_loss
-from ditlit.commands.sample import sample
 from ditlit.data import LatentDataModule, write_store
 from ditlit.errors import InputError
 

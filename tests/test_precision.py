@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from calls import encode, sample
 from diffusers import AutoencoderTiny
 from PIL import Image
 from weights import scrambled
 
-from ditlit.commands.encode import encode
-from ditlit.commands.sample import sample
 from ditlit.images.vae import Autoencoder
 from ditlit.precision import HAS_WORDS, convolutions_as_products, float32_products
 

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import yaml
+from calls import convert
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from ranks import write_config
 from weights import scrambled
 
 from ditlit.cli import DitlitCLI
-from ditlit.commands.convert import convert
 from ditlit.errors import InputError
 from ditlit.resilience import CheckpointFiles
 from ditlit.resilience.checkpoint_files import step_of, write

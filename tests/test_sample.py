@@ -11,6 +11,7 @@ from functools import partialmethod
 import numpy as np
 import pytest
 import torch
+from calls import evaluate_loss, sample
 from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import load_file
@@ -19,8 +20,6 @@ from weights import PIXELS, contents_of, released, scrambled
 import ditlit
 from ditlit import checkpoints
 from ditlit.checkpoints.safetensors_files import write_safetensors
-from ditlit.commands.evaluate_loss import evaluate_loss
-from ditlit.commands.sample import sample
 from ditlit.data import LatentDataModule, write_store
 from ditlit.data.classes import parse_classes
 from ditlit.data.store import per_channel
@@ -29,8 +28,8 @@ from ditlit.diffusion.noise import normal, sample_generators
 from ditlit.diffusion.sampling import check_finite
 from ditlit.errors import InputError
 from ditlit.generation.classes import plan_labels
-from ditlit.generation.drawing import Drawer, enough_memory
 from ditlit.generation.onednn import FusedMLP, fuse, supported
+from ditlit.generation.pipeline import SamplingPipeline, enough_memory
 from ditlit.generation.sheets import slerp
 from ditlit.images.vae import weights_hash
 from ditlit.models import DiT
@@ -80,7 +79,7 @@ def test_what_is_drawn_is_what_the_sampler_gives(checkpoint, tmp_path):
     labels = torch.tensor([3, 3, 3, 1, 1, 1])
     settings = Sampling("ddpm", 4, guidance_scale=4.0)
     with torch.no_grad():
-        x0 = settings(loaded.process, loaded.denoiser, (3, 8, 8), labels, 5, range(6), seed=0)
+        x0 = draw_samples(settings, loaded.process, loaded.denoiser, (3, 8, 8), labels, 5, range(6), seed=0)
     raw = x0 / 1.5 + per_channel([0.1], 3)
     difference = (pixels(tmp_path).int() - to_uint8(raw.clamp(-1, 1)).int()).abs()
     assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01  # rounded otherwise on the way
@@ -146,7 +145,7 @@ def test_python_is_told_of_mistakes_before_anything_is_drawn(tmp_path, monkeypat
             ditlit.load(source, device="cpu", **settings)
     model = ditlit.load(path, device="cpu", num_heads=4, vae=str(tmp_path / "nowhere"))
     assert repr(model) == "Model(depth 2, hidden_size 48, num_heads 4, patch_size 2, 7 classes, weights)"
-    monkeypatch.setattr(Drawer, "draw", lambda *args: pytest.fail("drew without a VAE"))
+    monkeypatch.setattr(SamplingPipeline, "draw", lambda *args: pytest.fail("drew without a VAE"))
     with pytest.raises(InputError, match="nowhere"):
         model.sample([1])
 
@@ -237,7 +236,7 @@ def test_precisions_and_compiling_change_little(checkpoint, monkeypatch):
         loaded = checkpoints.load(checkpoint)
         cpu = torch.device("cpu")
         sampling = Sampling("ddim", 4, guidance_scale=1.5)
-        return Drawer(loaded.denoiser, loaded.process, loaded.latents, sampling, 0, cpu, **settings).draw(
+        return SamplingPipeline(loaded.denoiser, loaded.process, loaded.latents, sampling, 0, cpu, **settings).draw(
             indices, labels
         )
 
@@ -415,16 +414,18 @@ def test_bare_weights_of_a_width_that_the_paper_lacks_are_drawn_with_their_numbe
 
 def test_a_picture_that_the_vae_overflows_on_is_named(checkpoint):
     loaded = checkpoints.load(checkpoint)
-    drawer = Drawer(loaded.denoiser, loaded.process, loaded.latents, Sampling("ddim", 2), 0, torch.device("cpu"),
-                    decode=lambda z: 1 / z, decode_batch_size=2)  # fmt: skip
+    pipeline = SamplingPipeline(
+        loaded.denoiser, loaded.process, loaded.latents, Sampling("ddim", 2), 0, torch.device("cpu"),
+        decode=lambda z: 1 / z, decode_batch_size=2,
+    )  # fmt: skip
     latents = torch.ones(5, 3, 8, 8)
-    assert drawer.images(latents).shape == (5, 3, 8, 8)
+    assert pipeline.images(latents).shape == (5, 3, 8, 8)
     latents[3, 0, 0, 0] = 0
     for indices, number in ((None, 3), ([20, 21, 22, 33, 34], 33)):
         with pytest.raises(
             InputError, match=f"^image {number} is not finite once it is decoded, one of 1 such among 2"
         ):
-            drawer.images(latents, indices)
+            pipeline.images(latents, indices)
 
 
 def test_a_full_disk_is_one_line_and_costs_nothing(checkpoint, tmp_path):

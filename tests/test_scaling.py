@@ -5,6 +5,7 @@ import json
 
 import pytest
 import yaml
+from calls import evaluate_scaling
 from PIL import Image
 
 from ditlit.analysis.curves import read_curves
@@ -66,13 +67,13 @@ def test_every_run_is_a_row_and_is_measured_once(runs, tmp_path, monkeypatch):
     folder, _ = runs
     drawn = []
 
-    def run_point(point, place, drawing, judging, keep_images):
-        drawn.append((place.name, drawing["ckpt"], point.guidance_scale, judging["reference"]))
+    def run_point(sampled, settings, place, keep_images):
+        drawn.append((place.name, sampled.ckpt, sampled.sampling.guidance_scale, settings.reference))
         return {"metrics": {"FID": 10.0 + len(drawn)}}
 
     monkeypatch.setattr(scaling, "run_point", run_point)
     out = tmp_path / "scaling"
-    scaling.evaluate_scaling(str(folder), "store", str(out), metrics="fid")
+    evaluate_scaling(str(folder), "store", str(out), metrics="fid")
     assert [(name, scale, reference) for name, _, scale, reference in drawn] == [
         ("a-00000008", 1.0, "store"), ("b-00000008", 1.0, "store"),
     ]  # fmt: skip
@@ -83,14 +84,14 @@ def test_every_run_is_a_row_and_is_measured_once(runs, tmp_path, monkeypatch):
     assert [row["model"] for row in json.loads((out / "scaling.json").read_text())] == ["a", "b"]
     assert Image.open(out / "scaling.png").width > 1000
     with pytest.raises(InputError, match="begun with other reference"):
-        scaling.evaluate_scaling(str(folder), "other", str(out), metrics="fid")
+        evaluate_scaling(str(folder), "other", str(out), metrics="fid")
 
 
 def test_mistakes(runs, tmp_path):
     folder, _ = runs
     with pytest.raises(InputError, match="holds no runs"):
-        scaling.evaluate_scaling(str(tmp_path / "none"), "store", str(tmp_path / "out"))
+        evaluate_scaling(str(tmp_path / "none"), "store", str(tmp_path / "out"))
     (folder / "a" / "config.yaml").write_text("model: {}")
     with pytest.raises(InputError, match="does not say global_batch_size"):
-        scaling.evaluate_scaling(str(folder), "store", str(tmp_path / "out"))
+        evaluate_scaling(str(folder), "store", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

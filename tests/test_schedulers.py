@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ditlit.diffusion import GaussianDiffusion, Sampling, ddim, ddpm
+from ditlit.diffusion import GaussianDiffusion, Sampling, ddim, ddpm, draw_samples
 from ditlit.errors import InputError
 
 SETTINGS = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False)
@@ -75,7 +75,7 @@ def test_fast_solvers_recover_a_gaussian_at_second_order(sampler, schedule):
     errors = []
     for num_steps in (10, 20, 40):
         settings = Sampling(sampler=sampler, num_steps=num_steps, guidance_scale=1.0)
-        x = settings(process, exact(process), (1, 8, 8), y, 1, range(4), noise=noise)
+        x = draw_samples(settings, process, exact(process), (1, 8, 8), y, 1, range(4), noise=noise)
         errors.append((x - truth).abs().max().item())
     first = ddim(process, exact(process), noise, y, process.timesteps(20))
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.035
@@ -86,7 +86,17 @@ def test_fast_solvers_start_at_the_last_timestep_and_spread_evenly():
     process, visited = GaussianDiffusion(), []
     noise, y = torch.zeros(1, 1, 2, 2), torch.zeros(1, dtype=torch.long)
     settings = Sampling(sampler="dpm++", num_steps=9, guidance_scale=1.0)
-    settings(process, exact(process), (1, 2, 2), y, 1, [0], callback=lambda step, t, *_: visited.append(t), noise=noise)
+    draw_samples(
+        settings,
+        process,
+        exact(process),
+        (1, 2, 2),
+        y,
+        1,
+        [0],
+        callback=lambda step, t, *_: visited.append(t),
+        noise=noise,
+    )
     assert visited == [999, 888, 777, 666, 555, 444, 333, 222, 111]
 
 

@@ -5,12 +5,15 @@ import errno
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
+from calls import evaluate_sweep
 from PIL import Image
 
 from ditlit.commands import evaluate_sweep as sweep
 from ditlit.errors import InputError
+from ditlit.settings.flags import flat
 
 SETTINGS = dict(ckpt="c.ckpt", reference="r.npz", guidance_scale="1,1.5", num_steps="25, 50", sampler="ddim")
 
@@ -21,15 +24,16 @@ def commands(monkeypatch):
     calls, fail = [], set()
 
     def run(command, settings):
+        settings = flat(settings)
         calls.append((command, settings))
         if len(calls) in fail:
             raise InputError(f"ditlit {command} failed")
         if command == "sample":
-            (settings["out"] / "images").mkdir(parents=True)
+            Path(settings["out"], "images").mkdir(parents=True)
         else:
             job = calls[-2][1]
             metrics = {"FID": 100 / job["num_steps"] + job["guidance_scale"], "IS": 10 * job["guidance_scale"]}
-            settings["out"].write_text(json.dumps({"metrics": metrics}))
+            Path(settings["out"]).write_text(json.dumps({"metrics": metrics}))
 
     monkeypatch.setattr(sweep, "run", run)
     monkeypatch.setattr(sweep, "read_report", lambda path: json.loads(path.read_text()))
@@ -38,10 +42,10 @@ def commands(monkeypatch):
 
 def test_every_combination_is_sampled_and_evaluated_once(commands, tmp_path):
     calls, _ = commands
-    sweep.evaluate_sweep(**SETTINGS, interval="all,100-800", out=str(tmp_path))
+    evaluate_sweep(**SETTINGS, interval="all,100-800", out=str(tmp_path))
     drawn = [settings for command, settings in calls if command == "sample"]
     found = {(s["num_steps"], s["guidance_scale"], s["guidance_interval"]) for s in drawn}
-    assert found == {(n, g, i) for n in (25, 50) for g in (1.0, 1.5) for i in (None, "[100,800]")} and len(drawn) == 8
+    assert found == {(n, g, i) for n in (25, 50) for g in (1.0, 1.5) for i in (None, (100, 800))} and len(drawn) == 8
     judged = [settings for command, settings in calls if command == "evaluate"]
     assert [s["generated"] for s in judged] == [s["out"] for s in drawn]
     with open(tmp_path / "table.csv") as file:
@@ -57,20 +61,20 @@ def test_a_sweep_that_fails_goes_on_where_it_was(commands, tmp_path):
     calls, fail = commands
     fail.add(5)  # while the third point is sampled
     with pytest.raises(InputError, match="ditlit sample failed"):
-        sweep.evaluate_sweep(**SETTINGS, out=str(tmp_path))
+        evaluate_sweep(**SETTINGS, out=str(tmp_path))
     assert len(list(tmp_path.glob("points/*/point.json"))) == 2
     fail.clear()
-    sweep.evaluate_sweep(**SETTINGS, out=str(tmp_path))
+    evaluate_sweep(**SETTINGS, out=str(tmp_path))
     assert len(calls) == 5 + 4
     with pytest.raises(InputError, match="begun with other seed: choose another --out"):
-        sweep.evaluate_sweep(**SETTINGS, out=str(tmp_path), seed=1)
+        evaluate_sweep(**SETTINGS, out=str(tmp_path), seed=1)
 
 
 def test_mistakes(tmp_path):
     with pytest.raises(InputError, match="--num_steps takes values separated by commas, got '25,x'"):
-        sweep.evaluate_sweep(**SETTINGS | {"num_steps": "25,x"}, out=str(tmp_path))
+        evaluate_sweep(**SETTINGS | {"num_steps": "25,x"}, out=str(tmp_path))
     with pytest.raises(InputError, match="--interval takes values"):
-        sweep.evaluate_sweep(**SETTINGS, interval="100", out=str(tmp_path))
+        evaluate_sweep(**SETTINGS, interval="100", out=str(tmp_path))
     assert not any(tmp_path.iterdir())
 
 
@@ -78,14 +82,14 @@ def test_what_would_fail_at_the_end_is_found_before_the_first_point(commands, tm
     calls, _ = commands
     (tmp_path / "a" / "guidance.png").mkdir(parents=True)
     with pytest.raises(InputError, match=r"guidance.png is a folder; give a file with --out"):
-        sweep.evaluate_sweep(**SETTINGS, out=str(tmp_path / "a"))
+        evaluate_sweep(**SETTINGS, out=str(tmp_path / "a"))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "sweep.json").write_text("{")
     with pytest.raises(InputError, match=r"sweep.json cannot be read \(.*choose another --out"):
-        sweep.evaluate_sweep(**SETTINGS, out=str(tmp_path / "b"))
+        evaluate_sweep(**SETTINGS, out=str(tmp_path / "b"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match="plots need matplotlib"):
-        sweep.evaluate_sweep(**SETTINGS, out=str(tmp_path / "c"))
+        evaluate_sweep(**SETTINGS, out=str(tmp_path / "c"))
     assert not calls and not (tmp_path / "c").exists()
 
 
@@ -100,7 +104,7 @@ def test_numbers_are_shown_where_tables_or_plots_cannot_be_written(commands, tmp
 
     monkeypatch.setattr(sweep, what, fails)
     with pytest.raises(InputError, match=r"cannot write .*: Read-only file system. The numbers are those shown above"):
-        sweep.evaluate_sweep(**SETTINGS, out=str(tmp_path))
+        evaluate_sweep(**SETTINGS, out=str(tmp_path))
     assert (tmp_path / "points").exists()
     if what == "plot_steps":
         assert "| ddim | 50 | 1.5 |" in capsys.readouterr().out

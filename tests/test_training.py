@@ -18,8 +18,8 @@ from ditlit.diffusion import GaussianDiffusion
 from ditlit.errors import InputError
 from ditlit.models import DiT
 from ditlit.training import DiTModule
-from ditlit.training.draws import StepDraws
 from ditlit.training.module import prefer_fused
+from ditlit.training.randomness import StepRandomness
 
 
 class Terms(Callback):
@@ -34,14 +34,14 @@ class Terms(Callback):
 
 def test_draws_are_the_same_on_any_number_of_ranks():
     def draw(rows):
-        draws = StepDraws(1, 2, 12, rows, torch.device("cpu"))
+        draws = StepRandomness(1, 2, 12, rows, torch.device("cpu"))
         return [draws.timesteps(GaussianDiffusion().sample_timesteps), draws.normal(3, 2), draws.uniform()]
 
     whole = draw(slice(0, 12))
     parts = [draw(slice(start, start + 4)) for start in (0, 4, 8)]
     for i, expected in enumerate(whole):
         assert torch.equal(torch.cat([part[i] for part in parts]), expected)
-    other_step = StepDraws(1, 3, 12, slice(0, 12), torch.device("cpu")).normal(3, 2)
+    other_step = StepRandomness(1, 3, 12, slice(0, 12), torch.device("cpu")).normal(3, 2)
     assert not torch.equal(other_step, whole[1])
 
 
@@ -107,7 +107,7 @@ def test_labels_are_dropped_at_the_given_rate(make_module, make_trainer, datamod
 
     sizes = dict(input_size=8, in_channels=3, num_classes=5, patch_size=8, hidden_size=8, depth=1, num_heads=1)
     spy = Terms()
-    module = make_module(denoiser=Recording(**sizes), label_dropout=0.25)
+    module = make_module(denoiser=Recording(**sizes), class_dropout_prob=0.25)
     make_trainer(max_steps=200, callbacks=[spy]).fit(module, datamodule)
     given, used = torch.cat([s["labels"] for s in spy.steps]), torch.cat(seen)
     dropped = used == 5

@@ -43,7 +43,7 @@ def assert_same(a, b):
 
 
 def contents_of(model, class_names=None, latents=LATENTS):
-    return checkpoints.Contents(
+    return checkpoints.CheckpointContents(
         state=dict(model.state_dict()),
         denoiser=checkpoints.describe(model),
         process=checkpoints.describe(GaussianDiffusion()),

@@ -8,7 +8,7 @@ from ditlit.analysis.embeddings import class_similarities, neighbours
 from ditlit.analysis.gates import block_changes, gate_values
 from ditlit.analysis.guidance import LabelEffect, label_effect
 from ditlit.analysis.latents import ChannelStatistics, channel_statistics, mirrored, round_trips
-from ditlit.analysis.opening import Opened, find_store, open_checkpoint
+from ditlit.analysis.opening import OpenCheckpoint, find_store, open_checkpoint
 from ditlit.analysis.quality import Pixels, Quality
 from ditlit.analysis.scaling import losses_at_scales, predictions_at_scales
 from ditlit.analysis.weights import by_block, weight_distances
@@ -17,7 +17,7 @@ __all__ = [
     "ChannelStatistics",
     "Curve",
     "LabelEffect",
-    "Opened",
+    "OpenCheckpoint",
     "Pixels",
     "Quality",
     "Sizes",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ditlit.diffusion.noise import normal, sample_generators
 from ditlit.errors import InputError
-from ditlit.generation.drawing import Drawer
+from ditlit.generation.pipeline import SamplingPipeline
 
 
 class Snapshots(NamedTuple):
@@ -24,27 +24,28 @@ class Snapshots(NamedTuple):
     clean: Tensor
 
 
-def snapshots(drawer: Drawer, y: Tensor, columns: int) -> Snapshots:
+def snapshots(pipeline: SamplingPipeline, y: Tensor, columns: int) -> Snapshots:
     """Draw samples 0 to N-1 with labels y (N,) and keep so many snapshots, evenly spread over the steps.
 
     Raises:
         InputError: for fewer than two snapshots, or more than there are steps.
     """
-    steps = drawer.sampling.num_steps
+    steps = pipeline.sampling.num_steps
     if not 2 <= columns <= steps:
         raise InputError(f"columns must lie between 2 and the number of steps, {steps}; got {columns}")
     wanted = {round(i * (steps - 1) / (columns - 1)) for i in range(columns)}
     indices = range(len(y))
-    x_t = normal(drawer.shape, sample_generators(drawer.seed, indices)).to(drawer.device)  # what sampling starts from
+    noise = normal(pipeline.shape, sample_generators(pipeline.seed, indices))
+    x_t = noise.to(pipeline.device)  # what sampling starts from
     timesteps, noisy, clean = [], [], []
 
     def see(step: int, t: int, x: Tensor, x0: Tensor) -> None:
         nonlocal x_t
         if step in wanted:
             timesteps.append(t)
-            noisy.append(drawer.images(drawer.raw(x_t)))
-            clean.append(drawer.images(drawer.raw(x0)))
+            noisy.append(pipeline.images(pipeline.raw(x_t)))
+            clean.append(pipeline.images(pipeline.raw(x0)))
         x_t = x
 
-    drawer.draw(indices, y, callback=see)
+    pipeline.draw(indices, y, callback=see)
     return Snapshots(timesteps, torch.stack(noisy), torch.stack(clean))

@@ -3,25 +3,25 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal
 
 import torch
 import yaml
 from torch import Tensor
 
 from ditlit import checkpoints
-from ditlit.checkpoints import Loaded, Reading
+from ditlit.checkpoints import Loaded
 from ditlit.data.manifest import MANIFEST
 from ditlit.data.store import LatentStore, mean_latents, per_channel
 from ditlit.diffusion import Sampling
 from ditlit.errors import InputError, counted
-from ditlit.generation.drawing import Drawer
+from ditlit.generation.pipeline import SamplingPipeline
 from ditlit.images.vae import Autoencoder, load_autoencoder
 from ditlit.pictures import to_uint8
 
 
 @dataclass
-class Opened:
+class OpenCheckpoint:
     """What :func:`open_checkpoint` found.
 
     Args:
@@ -65,7 +65,7 @@ class Opened:
         """Bytes (N, 3 or 1, H', W') of latents as the VAE gives them (N, C, H, W), on the CPU."""
         return torch.cat([to_uint8(self.autoencoder.decode(part)).cpu() for part in latents.split(16)])
 
-    def drawer(self, sampling: Sampling, weights: Literal["ema", "raw"] = "ema", seed: int = 0) -> Drawer:
+    def pipeline(self, sampling: Sampling, weights: Literal["ema", "raw"] = "ema", seed: int = 0) -> SamplingPipeline:
         """Draws with a copy of the model.
 
         Raises:
@@ -74,8 +74,8 @@ class Opened:
         loaded = self.ema if weights == "ema" else self.raw
         if loaded is None:
             raise InputError("this checkpoint holds one set of weights only; draw with weights='ema'")
-        denoiser = copy.deepcopy(loaded.denoiser)  # a drawer replaces layers
-        return Drawer(
+        denoiser = copy.deepcopy(loaded.denoiser)  # a pipeline replaces layers
+        return SamplingPipeline(
             denoiser, loaded.process, loaded.latents, sampling, seed, self.device, decode=self.autoencoder.decode
         )
 
@@ -90,8 +90,8 @@ def open_checkpoint(
     store: str | Path | None = None,
     vae: str | None = None,
     device: torch.device | str | None = None,
-    **reading: Unpack[Reading],
-) -> Opened:
+    **reading: Any,
+) -> OpenCheckpoint:
     """Open a checkpoint of any kind.
 
     Args:
@@ -120,10 +120,10 @@ def open_checkpoint(
         if model is not None:
             model.denoiser.to(device).requires_grad_(False)
     autoencoder = load_autoencoder(loaded.latents.get("vae", manifest.vae), vae, manifest.shape[0]).to(device)
-    return Opened(loaded, raw, opened, autoencoder, device)
+    return OpenCheckpoint(loaded, raw, opened, autoencoder, device)
 
 
-def other_weights(ckpt: str | Path, loaded: Loaded, **reading: Unpack[Reading]) -> Loaded | None:
+def other_weights(ckpt: str | Path, loaded: Loaded, **reading: Any) -> Loaded | None:
     """The weights that the optimizer held, where a checkpoint has them beside their average."""
     if loaded.weights != "ema":
         return None

@@ -33,7 +33,7 @@ def largest_batch(step: Callable[[int], None], largest: int = LARGEST_TRIED) -> 
         good, bad = bad, 2 * bad
     if good == 0:
         raise InputError("not even a batch of one sample fits this device's memory: choose a smaller model, or set "
-                         "--model.denoiser.use_checkpoint true")  # fmt: skip
+                         "--model.denoiser.gradient_checkpointing true")  # fmt: skip
     bad = min(bad, largest + 1)
     while bad - good > 1:
         middle = (good + bad) // 2

@@ -15,7 +15,7 @@ from ditlit.benchmarking.batch_size import accumulation, largest_batch
 from ditlit.benchmarking.ceiling import Products
 from ditlit.benchmarking.contenders import DiffusersDiT, DiffusersTraining, check_comparable
 from ditlit.benchmarking.plan import Measured, Plan, Reason, plan_rows, row_of, share_of_gpu
-from ditlit.benchmarking.report import TRAINING_PASSES, Ceiling, LargestBatch, Machine, Measurand, Report, Speed
+from ditlit.benchmarking.report import TRAINING_PASSES, BenchmarkedModel, Ceiling, LargestBatch, Machine, Report, Speed
 from ditlit.benchmarking.sampling import measure_sampling, sampling_precision
 from ditlit.benchmarking.synthetic import SyntheticLatents
 from ditlit.benchmarking.training import (
@@ -41,7 +41,7 @@ Build = Callable[[], Subject]
 CEILING = "matrix products"
 SYNTHETIC = "synthetic"
 STEPS = 100_000  # of a run whose configuration gives no number
-CHECKPOINTING = "use_checkpoint"  # a keyword of denoisers
+CHECKPOINTING = "gradient_checkpointing"  # a keyword of denoisers
 # Settings of a plan: whether blocks are recomputed, and whether they are compiled.
 VARIANTS = {"plain": (False, False), "checkpointing": (True, False), "compile": (False, True)}
 
@@ -122,7 +122,7 @@ class Benchmark:
         """Measure, one thing after the other."""
         largest = self.find_batch_size() if self.settings.find_batch_size else None
         training, ceiling, data = self.measure_training()
-        subject = Measurand(
+        subject = BenchmarkedModel(
             denoiser_name(self.denoiser), parameters_of(self.denoiser), macs_of(self.denoiser), self.precision,
             self.denoiser.config.get(CHECKPOINTING, False), self.subject.module.compile_blocks, self.global_batch_size,
             self.share, self.accumulate, data,
@@ -311,8 +311,8 @@ def enough_memory(n: int) -> Iterator[None]:
             raise
         raise InputError(
             f"out of memory with {counted(n, 'sample')} at once: raise --trainer.accumulate_grad_batches, set "
-            "--model.denoiser.use_checkpoint true, or give each GPU less with --plan; --find_batch_size true finds "
-            "what fits"
+            "--model.denoiser.gradient_checkpointing true, or give each GPU less with --plan; --find_batch_size true "
+            "finds what fits"
         ) from error
 
 

@@ -22,9 +22,9 @@ def check_comparable(denoiser: nn.Module) -> None:
     for name, value in {"mlp_ratio": 4, "conditioning": "adaln_zero"}.items():
         if config.get(name, value) != value:
             raise InputError(f"--compare diffusers needs {name} {value}, not {config[name]}: diffusers has no other")
-    if not isinstance(config["use_checkpoint"], bool):
+    if not isinstance(config["gradient_checkpointing"], bool):
         raise InputError(
-            "--compare diffusers needs use_checkpoint true or false: diffusers recomputes all blocks or none"
+            "--compare diffusers needs gradient_checkpointing true or false: diffusers recomputes all blocks or none"
         )
 
 
@@ -54,7 +54,7 @@ class DiffusersDiT(nn.Module):
         )
         self.in_channels, self.input_size = denoiser.in_channels, denoiser.input_size
         self.num_classes = denoiser.num_classes
-        if config["use_checkpoint"]:
+        if config["gradient_checkpointing"]:
             self.model.enable_gradient_checkpointing()
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:

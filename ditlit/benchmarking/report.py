@@ -48,7 +48,7 @@ def cpu_name() -> str:
 
 
 @dataclass
-class Measurand:
+class BenchmarkedModel:
     """What was measured.
 
     Args:
@@ -141,7 +141,7 @@ class Report:
     """Everything, as it is written beside the table."""
 
     machine: Machine
-    subject: Measurand
+    subject: BenchmarkedModel
     warmup: int
     repeats: int
     ceiling: Ceiling

@@ -10,7 +10,7 @@ from torch import nn
 
 from ditlit.benchmarking.gauges import Moment, PeakMemory, Spread, free, mark, seconds_between
 from ditlit.diffusion import GaussianDiffusion, Sampling, draw_samples
-from ditlit.generation.drawing import WEIGHTS, Drawer, Precision, matmul_precision
+from ditlit.generation.pipeline import WEIGHTS, Precision, SamplingPipeline, matmul_precision
 from ditlit.resilience.memory import num_bytes
 
 
@@ -45,7 +45,8 @@ def measure_sampling(
     warmup: int,
     repeats: int,
 ) -> dict[str, SamplingResult]:
-    """Time steps of a batch of n samples. The denoisers take turns; the first is ours and goes through :class:`Drawer`.
+    """Time steps of a batch of n samples. The denoisers take turns; ours is the first, in a
+    :class:`SamplingPipeline`.
 
     Steps are timed one by one, since a whole draw of 250 takes long; all guided ones cost the same.
     """
@@ -86,12 +87,12 @@ def prepared(
     precision: Precision,
     ours: bool,
 ) -> nn.Module:
-    """A denoiser on the device, in the precision of sampling, ours with what :class:`Drawer` makes of it."""
+    """A denoiser on the device, in the precision of sampling, ours with what :class:`SamplingPipeline` makes of it."""
     denoiser.eval()
     if not ours:
         return denoiser.to(device, WEIGHTS[precision])
     latents: dict[str, Any] = {"shift": [0.0], "scale": [1.0]}
-    return Drawer(denoiser, process, latents, sampling, 0, device, precision).denoiser
+    return SamplingPipeline(denoiser, process, latents, sampling, 0, device, precision).denoiser
 
 
 def guided_only(sampling: Sampling) -> Sampling:

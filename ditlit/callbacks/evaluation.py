@@ -15,15 +15,17 @@ from ditlit.callbacks.pictures import draw_images
 from ditlit.data.folders import check_writable, is_remote
 from ditlit.diffusion.noise import mix
 from ditlit.errors import InputError, check_positive
-from ditlit.evaluation.cache import DEFAULT_FOLDER, FeatureCache
+from ditlit.evaluation.cache import FeatureCache
 from ditlit.evaluation.extraction import extract, shared_features
-from ditlit.evaluation.extractors import INCEPTION, Extractor, describe, load_extractor
-from ditlit.evaluation.passport import passport, write_report
+from ditlit.evaluation.extractors import Extractor, describe, load_extractor
 from ditlit.evaluation.protocol import Results, check_side, chosen_metrics, layers_of, measure, title
+from ditlit.evaluation.provenance import provenance, write_report
 from ditlit.evaluation.sources import Source, content_hash, open_source
 from ditlit.images.vae import Autoencoder, load_autoencoder, state_hash
 from ditlit.parallel.shards import gathered
 from ditlit.resilience.run_folder import run_folder
+from ditlit.settings import Judging
+from ditlit.settings.evaluate import FEATURES
 
 CHUNK = 512  # images held at once; fixed, so that the same are drawn on any number of devices
 
@@ -45,14 +47,12 @@ class SampleMetrics(Callback):
         num_samples: images drawn each time; the classes take turns.
         num_test_samples: the same in ``test``. Published numbers are of 50,000.
         metrics: separated by commas: fid, sfid, is, precision, recall, kid.
-        extractor: inception, dinov2, or the class path of another one.
-        inception_weights: file of Inception's weights; by default the one in torch's hub cache.
-        reference_size: cut and resize the reference's images to this side, as encode does.
         seed: of the noise.
         batch_size: samples drawn at once on each device.
         vae: folder or name of the VAE that decodes; by default the one named in the store.
         num_workers: processes that read the reference.
         cache: folder in which the reference's features are kept.
+        judging: ``extractor``, ``inception_weights`` and ``reference_size``, as in ``ditlit evaluate``.
     """
 
     def __init__(
@@ -62,14 +62,12 @@ class SampleMetrics(Callback):
         num_samples: int = 2000,
         num_test_samples: int = 50_000,
         metrics: str = "fid",
-        extractor: str = INCEPTION,
-        inception_weights: str | None = None,
-        reference_size: int | None = None,
         seed: int = 0,
         batch_size: int = 32,
         vae: str | None = None,
         num_workers: int = 4,
-        cache: str = DEFAULT_FOLDER,
+        cache: str = FEATURES,
+        **judging: Any,
     ):
         check_positive(every_n_steps=every_n_steps, batch_size=batch_size)
         if min(num_samples, num_test_samples) < 4:
@@ -78,10 +76,7 @@ class SampleMetrics(Callback):
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
         self.num_test_samples = num_test_samples
-        self.metrics = metrics
-        self.extractor = extractor
-        self.inception_weights = inception_weights
-        self.reference_size = reference_size
+        self.judging = Judging(metrics, **judging)
         self.seed = seed
         self.batch_size = batch_size
         self.vae = vae
@@ -111,9 +106,9 @@ class SampleMetrics(Callback):
         device = trainer.strategy.root_device
         manifest = trainer.datamodule.manifest
         self._autoencoder = load_autoencoder(manifest.vae, self.vae, manifest.shape[0]).to(device)
-        self._network = load_extractor(self.extractor, self.inception_weights).to(device)
-        self._chosen = chosen_metrics(self.metrics, self._network)
-        self._real = open_source(self.reference, self._network, self.reference_size, device=device)
+        self._network = load_extractor(self.judging.extractor, self.judging.inception_weights).to(device)
+        self._chosen = chosen_metrics(self.judging.metrics, self._network)
+        self._real = open_source(self.reference, self._network, self.judging.reference_size, device=device)
         check_side(self._chosen, self._real, generated=False)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -221,7 +216,7 @@ class SampleMetrics(Callback):
             "quantisation": "floor(127.5 x + 128), clamped to 0..255",
         }
         device = trainer.strategy.root_device
-        report = passport(results, generated, self._real, self._network, device, ("not kept", self._real_hash))
+        report = provenance(results, generated, self._real, self._network, device, ("not kept", self._real_hash))
         kind = "test" if trainer.testing else "step"
         path = self._reports / f"{kind}-{step:08d}.json"
         try:

@@ -87,7 +87,7 @@ def hyperparameters(trainer: Trainer, pl_module: LightningModule) -> dict[str, b
         "optimizer.lr": group.get("initial_lr", group["lr"]),
         "optimizer.weight_decay": group.get("weight_decay"),
         "ema.decay": None if pl_module.ema is None else pl_module.ema.decay,
-        "label_dropout": pl_module.label_dropout,
+        "class_dropout_prob": pl_module.class_dropout_prob,
         "global_batch_size": batch_size,
         "gradient_clip_val": trainer.gradient_clip_val,
         "precision": str(trainer.precision),

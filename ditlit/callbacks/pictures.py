@@ -10,11 +10,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from ditlit.callbacks.loggers import log_picture
-from ditlit.data.classes import Classes, parse_classes
+from ditlit.data.classes import parse_classes
 from ditlit.errors import check_positive
 from ditlit.images.vae import Decoder, load_decoder
 from ditlit.pictures import check_decoded, grid_of, save_png, to_uint8, with_captions
 from ditlit.resilience.run_folder import run_folder
+from ditlit.settings import Classes
 
 
 class SampleGrid(Callback):

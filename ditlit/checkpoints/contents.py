@@ -17,7 +17,7 @@ Which = Literal["ema", "raw", "unknown"]
 
 
 @dataclass
-class Contents:
+class CheckpointContents:
     """Weights under our names and all that is needed to use them.
 
     Args:
@@ -130,7 +130,7 @@ def skeleton(denoiser: dict[str, Any], trust: str | Sequence[str] | None = None)
         return build(denoiser, trust)
 
 
-def check(contents: Contents, where: Any, trust: str | Sequence[str] | None = None) -> None:
+def check(contents: CheckpointContents, where: Any, trust: str | Sequence[str] | None = None) -> None:
     """Check that the weights are those of the denoiser that contents describe.
 
     Raises:
@@ -152,7 +152,7 @@ def check_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], wh
             raise InputError(f"{where} has {key!r} with shape {tuple(value.shape)}, which this model does not hold")
 
 
-def as_dit(contents: Contents, format: str) -> DiT:
+def as_dit(contents: CheckpointContents, format: str) -> DiT:
     """The denoiser without memory for its weights, where it is a DiT that another project's format can hold.
 
     Raises:

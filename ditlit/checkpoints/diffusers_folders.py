@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditlit.checkpoints.contents import Contents, as_dit
+from ditlit.checkpoints.contents import CheckpointContents, as_dit
 from ditlit.checkpoints.names import from_diffusers, to_diffusers
 from ditlit.checkpoints.safetensors_files import save, tensors_and_entry
-from ditlit.checkpoints.sizes import Given, from_shapes
+from ditlit.checkpoints.sizes import from_shapes
 from ditlit.checkpoints.timesteps import MLP, fingerprint, refitted
 from ditlit.checkpoints.torch_files import plain_data
 from ditlit.errors import InputError
+from ditlit.settings import Reading
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the released pipelines name the second, their old class
 WEIGHTS = "diffusion_pytorch_model"
@@ -25,8 +26,20 @@ PIPELINE_NULL_CLASS = 1000  # DiTPipeline's, whatever the model
 FITTED = {"norm_num_groups": 127}
 
 
-def read_folder(folder: Path) -> Contents:
-    """Read a diffusers folder.
+def read_pipeline(folder: Path) -> CheckpointContents:
+    """Read the folder of a DiTPipeline, in errors as :func:`read_transformer`."""
+    index = json_file(folder / "model_index.json")
+    if index.get("_class_name") != "DiTPipeline":
+        raise InputError(f"{folder} is a {index.get('_class_name')}, not a DiTPipeline")
+    contents = read_transformer(folder / "transformer")
+    if not (folder / "transformer" / ORIGINAL).is_file():
+        contents.latents |= pipeline_latents(folder, index, contents)
+    contents.format = "diffusers pipeline"
+    return contents
+
+
+def read_transformer(folder: Path) -> CheckpointContents:
+    """Read the folder of a DiTTransformer2DModel.
 
     A folder that did not come from ditlit holds a DiT's timestep embedder unchanged, as facebook/DiT-XL-2-256 does,
     and is read so: the result is the original model, of which diffusers itself computes an approximation.
@@ -34,35 +47,29 @@ def read_folder(folder: Path) -> Contents:
     Raises:
         InputError: where it is no such folder, or its model is no DiT.
     """
-    index = json_file(folder / "model_index.json") if (folder / "model_index.json").is_file() else None
-    if index is not None and index.get("_class_name") != "DiTPipeline":
-        raise InputError(f"{folder} is a {index.get('_class_name')}, not a DiTPipeline")
-    model = folder / "transformer" if index is not None else folder
-    config = json_file(model / "config.json")
+    config = json_file(folder / "config.json")
     if config.get("_class_name") not in CLASSES or config.get("norm_type", "ada_norm_zero") != "ada_norm_zero":
-        raise InputError(f"{model} holds a {config.get('_class_name')}, not a {CLASSES[0]}")
-    state = from_diffusers(read_weights(model))
-    if (model / ORIGINAL).is_file():
-        contents = restored(state, model)
-    elif config.get("norm_num_groups") == FITTED["norm_num_groups"]:
+        raise InputError(f"{folder} holds a {config.get('_class_name')}, not a {CLASSES[0]}")
+    state = from_diffusers(read_weights(folder))
+    if (folder / ORIGINAL).is_file():
+        return restored(state, folder)
+    if config.get("norm_num_groups") == FITTED["norm_num_groups"]:
         raise InputError(
-            f"{model} was exported by ditlit and saved again by diffusers: its timestep embedder is fitted to "
+            f"{folder} was exported by ditlit and saved again by diffusers: its timestep embedder is fitted to "
             f"diffusers' frequencies and the original, {ORIGINAL}, is gone; convert the first export instead"
         )
-    else:
-        heads = config.get("num_attention_heads", 16)
-        given = Given(num_heads=heads, input_size=config.get("sample_size", 32))
-        contents = from_shapes(state, given, model, "unknown", "diffusers")
-        if heads * config.get("attention_head_dim", 72) != contents.config["hidden_size"]:
-            raise InputError(f"{model / 'config.json'} gives {heads} heads of {config.get('attention_head_dim', 72)}, "
-                             f"but the weights are {contents.config['hidden_size']} wide")  # fmt: skip
-        if index is not None:
-            contents.latents |= pipeline_latents(folder, index, contents)
-    contents.format = "diffusers pipeline" if index is not None else "diffusers transformer"
+    heads, size = config.get("num_attention_heads", 16), config.get("attention_head_dim", 72)
+    reading = Reading(num_heads=heads, input_size=config.get("sample_size", 32))
+    contents = from_shapes(state, reading, folder, "unknown", "diffusers transformer")
+    if heads * size != contents.config["hidden_size"]:
+        raise InputError(
+            f"{folder / 'config.json'} gives {heads} heads of {size}, but the weights are "
+            f"{contents.config['hidden_size']} wide"
+        )
     return contents
 
 
-def restored(state: dict[str, Tensor], model: Path) -> Contents:
+def restored(state: dict[str, Tensor], model: Path) -> CheckpointContents:
     """The contents that ditlit exported to a folder, bit for bit."""
     original, about = tensors_and_entry(model / ORIGINAL)
     if about is None or not set(MLP) <= set(state) or fingerprint(state) != about.pop("fitted"):
@@ -70,7 +77,7 @@ def restored(state: dict[str, Tensor], model: Path) -> Contents:
             f"{model} changed after ditlit exported it: its timestep embedder is not the one that {ORIGINAL} belongs "
             "to; convert the export instead"
         )
-    contents = Contents(state=state | original, format="", **about)
+    contents = CheckpointContents(state=state | original, format="diffusers transformer", **about)
     contents.state["label_embed.weight"] = state["label_embed.weight"][: contents.config["num_classes"] + 1]
     contents.state["patch_embed.weight"] = state["patch_embed.weight"].flatten(1)
     return contents
@@ -89,7 +96,7 @@ def read_weights(model: Path) -> dict[str, Tensor]:
     raise InputError(f"{model} has no {WEIGHTS}.safetensors")
 
 
-def pipeline_latents(folder: Path, index: dict[str, Any], contents: Contents) -> dict[str, Any]:
+def pipeline_latents(folder: Path, index: dict[str, Any], contents: CheckpointContents) -> dict[str, Any]:
     """What a pipeline says of its latents: by its VAE's configuration, and by its class names."""
     channels = contents.config["in_channels"]
     vae = json_file(folder / "vae" / "config.json")
@@ -106,10 +113,10 @@ def pipeline_latents(folder: Path, index: dict[str, Any], contents: Contents) ->
     }
 
 
-def write_transformer(contents: Contents, folder: Path) -> float:
+def write_transformer(contents: CheckpointContents, folder: Path) -> float:
     """Write a DiTTransformer2DModel folder.
 
-    Labels beyond the null class, up to diffusers' fixed null class 1000, are given its row, so that DiTPipeline's
+    Labels beyond the null class, up to diffusers' fixed null class 1000, are reading its row, so that DiTPipeline's
     guidance works with any number of classes up to 1000.
 
     Returns:

@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditlit.checkpoints.contents import Contents, check_shapes, describe
+from ditlit.checkpoints.contents import CheckpointContents, check_shapes, describe
 from ditlit.errors import InputError, counted
 from ditlit.models.embeddings import sincos_positions
 
 
 @torch.no_grad()
-def initialize(denoiser: nn.Module, contents: Contents, class_names: list[str] | None, where: Any) -> list[str]:
+def initialize(
+    denoiser: nn.Module, contents: CheckpointContents, class_names: list[str] | None, where: Any
+) -> list[str]:
     """Give a denoiser the weights of a checkpoint.
 
     A fixed position table is that of the denoiser's own grid; a learned one is resized (bicubic). The row of the null
@@ -55,7 +57,7 @@ def initialize(denoiser: nn.Module, contents: Contents, class_names: list[str] |
 
 
 def fit_positions(
-    state: dict[str, Tensor], own: dict[str, Tensor], grid: tuple[int, int], contents: Contents
+    state: dict[str, Tensor], own: dict[str, Tensor], grid: tuple[int, int], contents: CheckpointContents
 ) -> list[str]:
     """Bring the position table in ``state`` to the grid of the denoiser."""
     height, width = contents.grid_size

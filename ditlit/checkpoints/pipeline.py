@@ -4,7 +4,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ditlit.checkpoints.contents import Contents
+from ditlit.checkpoints.contents import CheckpointContents
 from ditlit.checkpoints.diffusers_folders import write_json, write_transformer
 from ditlit.errors import InputError
 
@@ -27,7 +27,7 @@ SCHEDULERS = {
 }
 
 
-def write_pipeline(contents: Contents, folder: Path, vae: Any, scheduler: str) -> float:
+def write_pipeline(contents: CheckpointContents, folder: Path, vae: Any, scheduler: str) -> float:
     """Write a DiTPipeline folder with this autoencoder of diffusers.
 
     Returns:
@@ -61,7 +61,7 @@ def write_pipeline(contents: Contents, folder: Path, vae: Any, scheduler: str) -
     return error
 
 
-def scheduler_config(contents: Contents, scheduler: str) -> dict[str, Any]:
+def scheduler_config(contents: CheckpointContents, scheduler: str) -> dict[str, Any]:
     """A scheduler's configuration for the model's own noise schedule."""
     process = contents.process["init_args"]
     steps = process["num_timesteps"]

@@ -2,19 +2,16 @@
 
 import functools
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from ditlit import hub
-from ditlit.checkpoints.contents import Contents, Which, build, check
-from ditlit.checkpoints.diffusers_folders import read_folder
-from ditlit.checkpoints.safetensors_files import read_safetensors
-from ditlit.checkpoints.sizes import Given
-from ditlit.checkpoints.torch_files import read_torch
+from ditlit.checkpoints.contents import CheckpointContents, Which, build, check
+from ditlit.checkpoints.formats import read_path
 from ditlit.errors import InputError
+from ditlit.settings import Reading
 
 LAST = "last.ckpt"
 HUB_FILES = ["model_index.json", "*.json", "transformer/*.safetensors", "diffusion_pytorch_model*.safetensors"]
@@ -31,24 +28,7 @@ class Loaded(NamedTuple):
     format: str
 
 
-class Reading(TypedDict):
-    """What a source may not tell, and whose code it may name; the commands that read one have these settings too.
-
-    Args:
-        num_heads: attention heads, for bare weights whose width is none of the paper's.
-        input_size: side, or height and width, of the latents, for bare weights without a square position table.
-        in_channels: channels of the latents, for bare weights under our names; 4 by default.
-        trust: packages, modules or classes of your own, separated by commas or as a list, which the checkpoint may name
-            as its denoiser or process: they are imported.
-    """
-
-    num_heads: NotRequired[int | None]
-    input_size: NotRequired[int | tuple[int, int] | None]
-    in_channels: NotRequired[int | None]
-    trust: NotRequired[str | Sequence[str] | None]
-
-
-def load(source: str | Path, weights: Literal["ema", "raw"] = "ema", **reading: Unpack[Reading]) -> Loaded:
+def load(source: str | Path, weights: Literal["ema", "raw"] = "ema", **reading: Any) -> Loaded:
     """Build a denoiser and its process from weights in any format, on the CPU, in float32 and eval mode.
 
     Sources are our training checkpoints and safetensors files; ``.pt`` files of the released DiT weights, as they are
@@ -64,7 +44,7 @@ def load(source: str | Path, weights: Literal["ema", "raw"] = "ema", **reading: 
     Args:
         source: file, folder or hub name.
         weights: the moving average, or the weights that the optimizer held. A source with one set gives that.
-        reading: ``num_heads``, ``input_size``, ``in_channels`` and ``trust``; see :class:`Reading`.
+        reading: ``num_heads``, ``input_size``, ``in_channels`` and ``trust``; see :class:`ditlit.settings.Reading`.
 
     Returns:
         Model and process; what is known of its latents: ``shift`` and ``scale`` of each channel and, from the store or
@@ -83,20 +63,13 @@ def load(source: str | Path, weights: Literal["ema", "raw"] = "ema", **reading: 
     return Loaded(denoiser.eval(), process, contents.latents, contents.step, contents.weights, contents.format)
 
 
-def read(source: str | Path, weights: Literal["ema", "raw"] = "ema", **reading: Unpack[Reading]) -> Contents:
+def read(source: str | Path, weights: Literal["ema", "raw"] = "ema", **reading: Any) -> CheckpointContents:
     """What :func:`load` builds from, with arguments and errors as there; weights stay in their stored precision."""
     if weights not in ("ema", "raw"):
         raise InputError(f"weights are 'ema' or 'raw', got {weights!r}")
-    path = found(source)
-    trust = reading.pop("trust", None)
-    given = Given(**reading)
-    if path.is_dir():
-        contents = read_folder(path)
-    elif path.suffix == ".safetensors":
-        contents = read_safetensors(path, given)
-    else:
-        contents = read_torch(path, weights, given)
-    check(contents, source, trust)
+    settings = Reading(**reading)
+    contents = read_path(found(source), weights, settings)
+    check(contents, source, settings.trust)
     if weights == "raw" and contents.weights == "ema":
         raise InputError(f"{source} holds the moving average only; use weights='ema'")
     return contents

@@ -8,24 +8,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ditlit.checkpoints.contents import Contents
+from ditlit.checkpoints.contents import CheckpointContents
 from ditlit.checkpoints.foreign import unreadable
-from ditlit.checkpoints.sizes import Given
-from ditlit.checkpoints.torch_files import from_bare
 from ditlit.errors import InputError
 
 ENTRY = "ditlit"  # of the metadata: JSON
 
 
-def read_safetensors(path: str | Path, given: Given) -> Contents:
-    """Read one safetensors file."""
-    state, about = tensors_and_entry(path)
-    if about is None:
-        return from_bare(state, given, path)
-    return Contents(state=state, format="ditlit safetensors", **about)
+def from_safetensors(state: dict[str, Tensor], about: dict[str, Any]) -> CheckpointContents:
+    """Contents of a file of ours: its tensors, and its entry in the metadata."""
+    return CheckpointContents(state=state, format="ditlit safetensors", **about)
 
 
-def write_safetensors(contents: Contents, path: Path) -> None:
+def write_safetensors(contents: CheckpointContents, path: Path) -> None:
     """Write weights under our names, with everything else of the contents as JSON in the metadata."""
     save(contents.state, contents.about(), path)
 

@@ -1,35 +1,26 @@
 """The sizes of a DiT from the shapes of its weights, where no configuration comes with them."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ditlit.checkpoints.contents import Contents, Which, describe
+from ditlit.checkpoints.contents import CheckpointContents, Which, describe
 from ditlit.diffusion import GaussianDiffusion
 from ditlit.errors import InputError
 from ditlit.models import VARIANTS, DiT
 from ditlit.models.embeddings import sincos_positions
+from ditlit.settings import Reading
 
 HEADS = {sizes["hidden_size"]: sizes["num_heads"] for sizes in VARIANTS.values()}
 PAPER_VAE = "stabilityai/sd-vae-ft-ema"
 PAPER_SCALE = 0.18215  # of Stable Diffusion's latents, to about unit variance
 
 
-@dataclass(frozen=True)
-class Given:
-    """What the shapes of weights do not always tell: see ``checkpoints.load``."""
-
-    num_heads: int | None = None
-    input_size: int | tuple[int, int] | None = None
-    in_channels: int | None = None
-
-
 def from_shapes(
-    state: dict[str, Tensor], given: Given, where: Any, weights: Which, format: str, vae: str = PAPER_VAE
-) -> Contents:
+    state: dict[str, Tensor], reading: Reading, where: Any, weights: Which, format: str, vae: str = PAPER_VAE
+) -> CheckpointContents:
     """Contents of bare weights under our names, ``state`` as :func:`rename` leaves it: with a convolution as the patch
     embedding or a linear layer, and with or without a position table.
 
@@ -40,14 +31,14 @@ def from_shapes(
     """
     state = dict(state)
     table = state.pop("pos_embed", None)
-    config = infer(state, None if table is None else table.shape[-2], given, where)
+    config = infer(state, None if table is None else table.shape[-2], reading, where)
     state["patch_embed.weight"] = state["patch_embed.weight"].flatten(1)
     if table is not None:
         table = table.reshape(table.shape[-2:])  # (T, D)
         if not is_fixed(table, config, where):
             config["positions"] = "learned"
             state["pos_embed"] = table
-    return Contents(
+    return CheckpointContents(
         state=state,
         denoiser={"class_path": f"{DiT.__module__}.{DiT.__qualname__}", "init_args": config},
         process=describe(GaussianDiffusion()),
@@ -58,7 +49,7 @@ def from_shapes(
     )
 
 
-def infer(state: dict[str, Tensor], tokens: int | None, given: Given, where: Any) -> dict[str, Any]:
+def infer(state: dict[str, Tensor], tokens: int | None, reading: Reading, where: Any) -> dict[str, Any]:
     """Constructor keywords of the DiT with these weights."""
 
     def shape(key: str) -> tuple[int, ...]:
@@ -71,20 +62,20 @@ def infer(state: dict[str, Tensor], tokens: int | None, given: Given, where: Any
     if len(patch) == 4:
         channels, patch_size = patch[1], patch[2]
     else:
-        channels = given.in_channels or 4
+        channels = reading.in_channels or 4
         patch_size = math.isqrt(patch[1] // channels)
         if channels * patch_size**2 != patch[1]:
             raise InputError(
                 f"{where} has patches of {patch[1]} values; give in_channels (--in_channels), their number of channels"
             )
-    num_heads = given.num_heads or HEADS.get(width)
+    num_heads = reading.num_heads or HEADS.get(width)
     if num_heads is None:
         widths = ", ".join(map(str, HEADS))
         raise InputError(
             f"{where} has width {width}, which is none of the paper's ({widths}); give num_heads (--num_heads), which "
             "shapes do not tell"
         )
-    size = given.input_size
+    size = reading.input_size
     if size is None:
         if tokens is None:
             raise InputError(
@@ -107,7 +98,7 @@ def infer(state: dict[str, Tensor], tokens: int | None, given: Given, where: Any
         learn_sigma=outputs == 2 * channels * patch_size**2,
         positions="sincos",
         dropout=0.0,
-        use_checkpoint=False,
+        gradient_checkpointing=False,
         conditioning=design(state, width),
     )
 

@@ -9,26 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ditlit.checkpoints.contents import Contents, Which, as_dit
+from ditlit.checkpoints.contents import CheckpointContents, Which, as_dit
 from ditlit.checkpoints.foreign import unreadable
 from ditlit.checkpoints.names import RELEASED, rename, to_released, unwrapped
-from ditlit.checkpoints.sizes import PAPER_VAE, Given, from_shapes
+from ditlit.checkpoints.sizes import PAPER_VAE, from_shapes
 from ditlit.errors import InputError
 from ditlit.models.embeddings import sincos_positions
+from ditlit.settings import Reading
 
 PREFIX = "denoiser."  # of the weights in a training checkpoint
-
-
-def read_torch(path: str | Path, weights: Literal["ema", "raw"], given: Given) -> Contents:
-    """Read a file of torch.save, whichever of ours or theirs it is."""
-    content = plain_data(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
-    if "state_dict" in content:
-        return from_training(content, weights, path)
-    if any(isinstance(content.get(key), dict) for key in ("ema", "model")):
-        return from_training_form(content, weights, given, path)
-    return from_bare(content, given, path)
 
 
 def plain_data(path: str | Path) -> Any:
@@ -43,7 +32,7 @@ def plain_data(path: str | Path) -> Any:
         raise unreadable(path, "a checkpoint", error) from error
 
 
-def from_training(checkpoint: dict[str, Any], weights: Literal["ema", "raw"], where: Any) -> Contents:
+def from_training(checkpoint: dict[str, Any], weights: Literal["ema", "raw"], where: Any) -> CheckpointContents:
     """Contents of one of our training checkpoints."""
     missing = {"state_dict", "hyper_parameters", "latents", "global_step"} - set(checkpoint)
     if missing:
@@ -53,7 +42,7 @@ def from_training(checkpoint: dict[str, Any], weights: Literal["ema", "raw"], wh
     else:  # trained without a moving average, or converted
         which, state = checkpoint.get("weights", "raw"), checkpoint["state_dict"]
     settings = checkpoint["hyper_parameters"]
-    return Contents(
+    return CheckpointContents(
         state={k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)},
         denoiser=settings["denoiser"],
         process=settings["process"],
@@ -64,19 +53,21 @@ def from_training(checkpoint: dict[str, Any], weights: Literal["ema", "raw"], wh
     )
 
 
-def from_training_form(content: dict[str, Any], weights: Literal["ema", "raw"], given: Given, where: Any) -> Contents:
+def from_training_form(
+    content: dict[str, Any], weights: Literal["ema", "raw"], reading: Reading, where: Any
+) -> CheckpointContents:
     """Contents of what the released code and its relatives save in training: ``model``, ``ema``, ``opt``, ``args``."""
     key = "model" if weights == "raw" else "ema"
     if not isinstance(content.get(key), dict):
         raise InputError(f"{where} has no {key!r} weights; it holds {', '.join(map(repr, content))}")
     vae = getattr(content.get("args"), "vae", None)
     vae = f"stabilityai/sd-vae-ft-{vae}" if vae in ("ema", "mse") else PAPER_VAE
-    return from_bare(content[key], given, where, weights, vae)
+    return from_bare(content[key], reading, where, weights, vae)
 
 
 def from_bare(
-    state: dict[str, Tensor], given: Given, where: Any, weights: Which = "unknown", vae: str = PAPER_VAE
-) -> Contents:
+    state: dict[str, Tensor], reading: Reading, where: Any, weights: Which = "unknown", vae: str = PAPER_VAE
+) -> CheckpointContents:
     """Contents of weights under the released names or ours, without a configuration."""
     state = unwrapped(state)
     foreign = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
@@ -91,10 +82,10 @@ def from_bare(
             state = rename(rest, RELEASED, "the released DiT weights") | positions
         except InputError as error:
             raise InputError(f"{where} holds no DiT that ditlit knows: {error}") from None
-    return from_shapes(state, given, where, weights, format, vae)
+    return from_shapes(state, reading, where, weights, format, vae)
 
 
-def write_training(contents: Contents, path: Path) -> None:
+def write_training(contents: CheckpointContents, path: Path) -> None:
     """Write a checkpoint with one set of weights, and no optimizer to train on with."""
     torch.save(
         {
@@ -114,7 +105,7 @@ def write_training(contents: Contents, path: Path) -> None:
     )
 
 
-def write_released(contents: Contents, path: Path) -> None:
+def write_released(contents: CheckpointContents, path: Path) -> None:
     """Write bare weights under the released names.
 
     Raises:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,116 +18,56 @@ from ditlit.data.folders import Folder, LocalFolder, check_writable, open_folder
 from ditlit.data.manifest import MANIFEST, Manifest, read_manifest
 from ditlit.data.shards import shard_name
 from ditlit.data.store import finish_store
-from ditlit.errors import InputError, check_positive, counted
+from ditlit.errors import InputError, counted
 from ditlit.images.decoding import PREPROCESSING
 from ditlit.images.encoding import ShardEncoder, Written, plan, read_back
 from ditlit.images.sources import ImageSource, open_images
 from ditlit.images.summary import summarize
 from ditlit.images.vae import Autoencoder
+from ditlit.settings.encode import EncodeSettings
 
 SETTINGS = "encode.json"  # how the store is made, written first: a rerun must continue with the same
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+RECORDED = ("flips", "precision", "dtype", "normalize", "shard_size", "shuffle")  # of the settings, there
 MOST_NAMED = 20  # broken files in a message
 
 
 @ending_together
-def encode(
-    images: str | None = None,
-    out: str | None = None,
-    vae: str | None = None,
-    image_size: int = 256,
-    flips: bool = True,
-    batch_size: int = 64,
-    precision: Literal["32", "bf16", "fp16"] = "bf16",
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16",
-    normalize: Literal["vae", "channel"] = "vae",
-    labels: str | None = None,
-    within: str | None = None,
-    skip_broken: bool = False,
-    shard_size: int = 4096,
-    shuffle: bool = True,
-    num_workers: int | None = None,
-    accelerator: str = "auto",
-    devices: str = "auto",
-    num_nodes: int = 1,
-    verify: str | None = None,
-) -> None:
-    """Encode images to a latent store.
-
-    Example: ditlit encode --images /data/imagenet/train --out /data/imagenet256-latents
-    --vae stabilityai/sd-vae-ft-ema
-
-    Continues where an earlier run was stopped, and ends with the same bytes on any number of devices. At the end it
-    prints what the store holds and draws contact-sheet.png, originals beside their decodes.
-
-    Args:
-        images: folder with one folder of images for each class, a tar archive or folder of archives (webdataset), or a
-            folder with a labels file.
-        out: folder or URL (s3://, gs://, hf://) of the store.
-        vae: folder or hub name of a diffusers autoencoder (AutoencoderKL, AutoencoderTiny, AutoencoderDC), or
-            ``pixels`` for none.
-        image_size: side in pixels of the square that is cut from the middle of each image.
-        flips: encode mirrored images too, which is not the same as mirroring latents.
-        batch_size: images that the VAE encodes at once on each device.
-        precision: in which the VAE computes.
-        dtype: in which latents are stored.
-        normalize: shift and scale of the latents: the VAE's own factors, or the measured mean and standard deviation of
-            each channel.
-        labels: CSV file of image name and class, or StyleGAN's dataset.json; by default labels.csv or dataset.json in
-            the folder, where there is one. Classes that are numbers (here and in .cls and .json files) mean themselves,
-            from 0 on; numbers from 1 to K are counted from 0 and kept as names, and 007 is a name.
-        within: encode only what lies in this folder of the tree or the archives.
-        skip_broken: leave out images that cannot be decoded, instead of ending with an error that names them.
-        shard_size: images in one file of the store.
-        shuffle: write images in a random order, so that readers of a few shards see all classes.
-        num_workers: processes on each device that decode images; by default one for each CPU core but one.
-        accelerator: cpu, gpu, or auto.
-        devices: number of devices of this machine, or auto: all GPUs, or one process on the CPU.
-        num_nodes: number of machines.
-        verify: instead of encoding, check every checksum, shape, label and number of this store.
-    """
-    if verify is not None:
-        check(verify)
+def encode(settings: EncodeSettings) -> None:
+    """See :class:`EncodeSettings`."""
+    if settings.verify is not None:
+        check(settings.verify)
         return
-    for name, value in (("images", images), ("out", out), ("vae", vae)):
-        if value is None:
-            raise InputError(f"encode needs --{name}; see ditlit encode --help")
-    check_positive(image_size=image_size, batch_size=batch_size, shard_size=shard_size)
+    out = settings.out
     folder = open_folder(out)
     if isinstance(folder, LocalFolder):
-        check_outside(folder.path, Path(images, (within or "").strip("/")))
-    source = open_images(images, labels, within)
-    autoencoder = Autoencoder(vae)
-    settings = {
+        check_outside(folder.path, Path(settings.images, (settings.within or "").strip("/")))
+    source = open_images(settings.images, settings.labels, settings.within)
+    autoencoder = Autoencoder(settings.vae)
+    record = {
         "images": listing_hash(source),
-        "image_size": image_size,
+        "image_size": settings.image_size,
         "preprocessing": PREPROCESSING,
         "vae": autoencoder.entry,
-        "flips": flips,
-        "precision": precision,
-        "dtype": dtype,
-        "normalize": normalize,
-        "shard_size": shard_size,
-        "shuffle": shuffle,
-    }
+    } | {name: getattr(settings, name) for name in RECORDED}
     files = folder.names()
-    check_settings(folder, files, settings)
+    check_settings(folder, files, record)
     if MANIFEST in files:
         print(f"{out} is complete already; delete it to encode anew")
         return
     if isinstance(folder, LocalFolder):
         check_writable(folder.path, "--out")
 
-    fabric, on_this_machine = launch(accelerator, devices, num_nodes, PRECISIONS[precision])
+    fabric, on_this_machine = launch(settings.execution, PRECISIONS[settings.precision])
     if fabric.global_rank == 0:
         print(source.about)
         if source.said:
             print(source.said)
         if isinstance(folder, LocalFolder):
             remove_leftovers(folder.path)
-        folder.write(SETTINGS, json.dumps(settings, indent=1).encode())
+        folder.write(SETTINGS, json.dumps(record, indent=1).encode())
     fabric.barrier()
-    shards = dict(enumerate(plan(len(source), shard_size, shuffle)))
+    shards = dict(enumerate(plan(len(source), settings.shard_size, settings.shuffle)))
     mine = share(sorted(k for k in shards if shard_name(k) in files), fabric)
     done = gathered({k: read_back(folder, k, autoencoder.kind) for k in mine}, fabric)
     done = {k: written for k, written in done.items() if written is not None}
@@ -135,19 +75,19 @@ def encode(
         source,
         folder,
         autoencoder.to(fabric.device),
-        image_size,
-        flips,
-        getattr(torch, dtype),
-        batch_size,
-        workers(on_this_machine) if num_workers is None else num_workers,
-        skip_broken,
+        settings.image_size,
+        settings.flips,
+        getattr(torch, settings.dtype),
+        settings.batch_size,
+        workers(on_this_machine) if settings.num_workers is None else settings.num_workers,
+        settings.skip_broken,
         fabric.device,
         fabric.autocast,
     )
     missing = {k: shards[k] for k in shards if k not in done}
     done |= gathered(encode_missing(encoder, missing, len(source), fabric), fabric)
     broken = gathered(encoder.broken, fabric)
-    if broken and not skip_broken:
+    if broken and not settings.skip_broken:
         if fabric.global_rank != 0:
             sys.exit(2)  # the first rank says why
         raise InputError(
@@ -159,7 +99,7 @@ def encode(
         skipped = {name: why for shard in written for name, why in shard.skipped.items()}
         if len(skipped) == len(source):
             raise InputError(f"none of {counted(len(source), 'image')} can be decoded: {report(skipped)}")
-        manifest = finish(folder, written, source, autoencoder, image_size, flips, normalize)
+        manifest = finish(folder, written, source, autoencoder, settings)
         if skipped:
             print(report(skipped))
         summarize(folder, manifest, written, source, shards, autoencoder, fabric.device)
@@ -242,9 +182,7 @@ def finish(
     written: list[Written],
     source: ImageSource,
     vae: Autoencoder,
-    image_size: int,
-    flips: bool,
-    normalize: str,
+    settings: EncodeSettings,
 ) -> Manifest:
     """Write the labels and the manifest, which make the shards a store."""
     labels = torch.cat([shard.labels for shard in written])
@@ -252,8 +190,8 @@ def finish(
     if vae.kind == "moments":
         channels //= 2
     shift, scale = vae.shift, vae.scale
-    if normalize == "channel":
-        first, second = sum(shard.sums for shard in written) / (len(labels) * (1 + flips) * h * w)
+    if settings.normalize == "channel":
+        first, second = sum(shard.sums for shard in written) / (len(labels) * (1 + settings.flips) * h * w)
         shift, scale = first.tolist(), (1 / np.sqrt(second - first**2)).tolist()
     manifest = Manifest(
         vae.kind,
@@ -262,9 +200,9 @@ def finish(
         [shard.shard for shard in written],
         shift=shift,
         scale=scale,
-        flipped=flips,
+        flipped=settings.flips,
         class_names=source.class_names,
-        image_size=image_size,
+        image_size=settings.image_size,
         preprocessing=PREPROCESSING,
         vae=vae.entry,
     )

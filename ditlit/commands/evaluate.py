@@ -12,12 +12,11 @@ from lightning.fabric import Fabric
 from ditlit.commands.encode import workers
 from ditlit.commands.processes import Progress, ending_together, launch, share
 from ditlit.data.folders import SHOWN, check_output, is_remote, writing
-from ditlit.errors import InputError, check_positive
-from ditlit.evaluation.cache import DEFAULT_FOLDER, FeatureCache
+from ditlit.errors import InputError
+from ditlit.evaluation.cache import FeatureCache
 from ditlit.evaluation.extraction import extract
 from ditlit.evaluation.extractors import Extractor, Inception, describe, load_extractor
 from ditlit.evaluation.images import FolderImages
-from ditlit.evaluation.passport import comparison, passport, read_report, write_report
 from ditlit.evaluation.protocol import (
     STATISTICS,
     Results,
@@ -27,123 +26,74 @@ from ditlit.evaluation.protocol import (
     measure,
     side_statistics,
 )
+from ditlit.evaluation.provenance import comparison, provenance, read_report, write_report
 from ditlit.evaluation.sources import Source, content_hash, open_source, write_statistics
+from ditlit.settings.evaluate import EvaluateSettings
 
 
 @ending_together
-def evaluate(
-    generated: str | None = None,
-    reference: str | None = None,
-    out: str | None = None,
-    metrics: str | None = None,
-    extractor: str = "inception",
-    inception_weights: str | None = None,
-    generated_size: int | None = None,
-    reference_size: int | None = None,
-    vae: str | None = None,
-    sample_sizes: str | None = None,
-    bootstrap: int = 0,
-    save_stats: str | None = None,
-    compare: str | None = None,
-    batch_size: int = 64,
-    num_workers: int | None = None,
-    cache: str = DEFAULT_FOLDER,
-    accelerator: str = "auto",
-    devices: str = "auto",
-    num_nodes: int = 1,
-) -> None:
-    """Compute FID, sFID, Inception Score, precision, recall and KID as the ADM evaluator does.
-
-    Example: ditlit evaluate --generated samples --reference VIRTUAL_imagenet256_labeled.npz
-
-    Each side is a folder of images, an npz file of images (arr_0) or of ADM's statistics, a statistics file of ours, or
-    a latent store. Beside the numbers a report is written that says how they were made; --compare A.json,B.json tells
-    what differs between two.
-
-    Args:
-        generated: the generated images; of a ditlit sample folder, everything that it was asked for is put on record.
-        reference: what they are compared with.
-        out: file of the report, or a folder for report.json; by default in the folder of the generated images, beside
-            their file, or in the working folder where they are at a URL.
-        metrics: which, separated by commas: fid, sfid, is, precision, recall, kid. By default all that the extractor
-            serves.
-        extractor: inception, dinov2, or the class path of another one, whose distances carry its name and are no FID.
-        inception_weights: file of Inception's weights; by default the one in torch's hub cache.
-        generated_size: cut and resize the images of the generated folder to this side, as encode does. Published
-            numbers do not.
-        reference_size: the same for the reference.
-        vae: folder or hub name of the VAE that decodes a latent store, instead of the one that the store names.
-        sample_sizes: also give the distance of so many generated images, separated by commas, or auto, and extrapolate
-            to infinitely many.
-        bootstrap: resamples for an interval around each metric; 0 for none.
-        save_stats: write the reference's statistics to this file, to be a reference later; does without generated.
-        compare: instead of evaluating, say what differs between two reports, separated by a comma.
-        batch_size: images in the extractor at once on each device.
-        num_workers: processes on each device that read images; by default one for each CPU core but one.
-        cache: folder in which features are kept, to be found again by their images' content; without a folder that can
-            be written, they are made anew each time.
-        accelerator: cpu, gpu, or auto.
-        devices: number of devices of this machine, or auto: all GPUs, or one process on the CPU.
-        num_nodes: number of machines.
-    """
-    if compare is not None:
-        print(compared(compare))
+def evaluate(settings: EvaluateSettings) -> None:
+    """See :class:`EvaluateSettings`."""
+    if settings.compare is not None:
+        print(compared(settings.reports))
         return
-    if reference is None or (generated is None and save_stats is None):
-        raise InputError("evaluate needs --generated and --reference, or --reference and --save_stats; see --help")
-    check_positive(batch_size=batch_size, generated_size=generated_size, reference_size=reference_size)
-    if bootstrap < 0 or bootstrap == 1:
-        raise InputError(f"--bootstrap needs at least 2 resamples, got {bootstrap}")
-    path = None if generated is None else report_path(generated, out)
-    if path is not None and (out is not None or is_remote(generated) or Path(generated).exists()):
-        check_output(path, "--out")
-    if save_stats is not None:
-        check_output(Path(save_stats), "--save_stats")
-    network = load_extractor(extractor, inception_weights)
-    chosen = chosen_metrics(metrics, network)
-    if save_stats is not None and not STATISTICS.keys() & set(chosen):
+    generated, judging = settings.generated, settings.judging
+    path, statistics = check_outputs(settings)
+    network = load_extractor(judging.extractor, judging.inception_weights)
+    chosen = chosen_metrics(judging.metrics, network)
+    if statistics is not None and not STATISTICS.keys() & set(chosen):
         raise InputError(f"--save_stats saves what {' and '.join(STATISTICS)} need: --metrics must name one of them")
-    fabric, on_this_machine = launch(accelerator, devices, num_nodes)
+    fabric, on_this_machine = launch(settings.execution)
     device = fabric.device
     network = network.to(device)
     start = time.perf_counter()
-    opened = partial(open_source, extractor=network, vae=vae, device=device)
-    right = opened(reference, size=reference_size)
-    left = None if generated is None else opened(generated, size=generated_size)
-    sizes = None if sample_sizes is None or left is None else parse_sizes(sample_sizes, left)
+    opened = partial(open_source, extractor=network, vae=settings.vae, device=device)
+    right = opened(settings.reference, size=judging.reference_size)
+    left = None if generated is None else opened(generated, size=settings.generated_size)
+    sizes = None if settings.sample_sizes is None or left is None else parse_sizes(settings.sample_sizes, left)
     if left is not None:
         check_side(chosen, left, generated=True)
         check_side(chosen, right, generated=False)
-    sides = FeatureSides(
-        network,
-        chosen,
-        FeatureCache(cache),
-        fabric,
-        batch_size,
-        workers(on_this_machine) if num_workers is None else num_workers,
-    )
+    num_workers = workers(on_this_machine) if settings.num_workers is None else settings.num_workers
+    sides = FeatureSides(network, chosen, FeatureCache(settings.cache), fabric, settings.batch_size, num_workers)
     hashes = [sides.fill(side, name) for side, name in ((left, "generated"), (right, "reference")) if side is not None]
     if fabric.global_rank != 0:
         return
     # Devices without float64 leave the metrics to the CPU.
     at = device if device.type == "cuda" else torch.device("cpu")
-    if left is None:
-        save(Path(save_stats), right, network, at)
-        return
-    extracted = time.perf_counter() - start
-    results = measure(chosen, left, right, network, sizes, bootstrap, at, lambda name: print(f"computing {name}"))
-    results.warnings += notes(left, right, network)
-    seconds = {"features": round(extracted, 1), "metrics": round(time.perf_counter() - start - extracted, 1)}
-    report = passport(
-        results, left, right, network, device, tuple(hashes), seconds=seconds, devices=fabric.world_size,
-        **{"batch size": batch_size, "features from the cache": sides.cached},
-    )  # fmt: skip
-    print(table(results))
-    with writing(path, SHOWN):
-        write_report(report, path)
-    print(f"How these numbers were made: {path}")
-    if save_stats is not None:
-        save(Path(save_stats), right, network, at)
+    if left is not None:
+        extracted = time.perf_counter() - start
+        results = measure(
+            chosen, left, right, network, sizes, settings.bootstrap, at, lambda name: print(f"computing {name}")
+        )
+        results.warnings += notes(left, right, network)
+        seconds = {"features": round(extracted, 1), "metrics": round(time.perf_counter() - start - extracted, 1)}
+        report = provenance(
+            results, left, right, network, device, tuple(hashes), seconds=seconds, devices=fabric.world_size,
+            **{"batch size": settings.batch_size, "features from the cache": sides.cached},
+        )  # fmt: skip
+        print(table(results))
+        with writing(path, SHOWN):
+            write_report(report, path)
+        print(f"How these numbers were made: {path}")
+    if statistics is not None:
+        save(statistics, right, network, at)
+
+
+def check_outputs(settings: EvaluateSettings) -> tuple[Path | None, Path | None]:
+    """Files of the report and of the reference's statistics, where they are wanted; both can be written.
+
+    Raises:
+        InputError: where one cannot: told now, and not after the last image.
+    """
+    generated, out = settings.generated, settings.out
+    report = None if generated is None else report_path(generated, out)
+    if report is not None and (out is not None or is_remote(generated) or Path(generated).exists()):
+        check_output(report, "--out")
+    statistics = None if settings.save_stats is None else Path(settings.save_stats)
+    if statistics is not None:
+        check_output(statistics, "--save_stats")
+    return report, statistics
 
 
 class FeatureSides:
@@ -259,10 +209,7 @@ def table(results: Results) -> str:
     return "\n".join([*lines, *(f"note: {warning}" for warning in results.warnings)])
 
 
-def compared(text: str) -> str:
-    paths = [word.strip() for word in text.split(",")]
-    if len(paths) != 2:
-        raise InputError(f"--compare takes two reports separated by a comma, got {text!r}")
+def compared(paths: list[str]) -> str:
     return comparison(*(read_report(Path(path)) for path in paths), names=tuple(short(paths)))
 
 

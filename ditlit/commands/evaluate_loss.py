@@ -1,8 +1,9 @@
 """``ditlit evaluate loss``: is my loss normal?"""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,60 +12,28 @@ from tqdm import tqdm
 
 from ditlit import __version__, checkpoints
 from ditlit.analysis.opening import other_weights
-from ditlit.checkpoints import Loaded, Reading, describe
+from ditlit.checkpoints import Loaded, describe
 from ditlit.checkpoints.contents import class_of
 from ditlit.commands.processes import launch
-from ditlit.data.classes import Classes, ClassSet, match_classes
+from ditlit.data.classes import ClassSet, match_classes
 from ditlit.data.collection import StoreCollection
 from ditlit.data.folders import SHOWN, check_output, write_atomically, writing
 from ditlit.data.store import LatentStore, per_channel
 from ditlit.diffusion.noise import normal, sample_generators
-from ditlit.errors import InputError, check_positive
-from ditlit.evaluation.losses import Average, Latents, Losses, by_timestep, findings, reference_for
+from ditlit.errors import InputError
+from ditlit.evaluation.losses import AverageDistance, Latents, Losses, by_timestep, findings, reference_for
 from ditlit.evaluation.sources import spread
 from ditlit.images.vae import weights_hash
+from ditlit.settings import Execution
+from ditlit.settings.evaluate import LossSettings
 
 GOLDEN_RATIO = 0.6180339887498949
 
 
-def evaluate_loss(
-    ckpt: str,
-    store: str,
-    out: str | None = None,
-    num_samples: int = 2000,
-    draws: int = 4,
-    bins: int = 10,
-    batch_size: int = 64,
-    seed: int = 0,
-    accelerator: str = "auto",
-    store_classes: Classes | None = None,
-    **reading: Unpack[Reading],
-) -> None:
-    """Give the loss by timestep on held-out latents, and say plainly what is off.
-
-    Example: ditlit evaluate loss --ckpt runs/digits/checkpoints/last.ckpt --store data/digits/val
-
-    The error is that of the predicted noise, for fixed noise and timesteps spread evenly over the samples, so that it
-    compares between checkpoints. Beside it stand the error given the null label, and the curve of the recipe where we
-    have run it.
-
-    Args:
-        ckpt: a checkpoint of any kind.
-        store: latent store of samples that were not trained on.
-        out: also write the curve to this JSON file.
-        num_samples: at most so many samples of the store, evenly spaced.
-        draws: timesteps and noises for each sample.
-        bins: of timesteps.
-        batch_size: samples at once.
-        seed: of the noise.
-        accelerator: cpu, gpu, or auto.
-        store_classes: the class of the checkpoint that each class of the store is, by number or name; only needed
-            where their names do not tell. Classes that the checkpoint lacks are left out.
-        reading: how the checkpoint is read, as for ``ditlit.checkpoints.load``.
-    """
-    check_positive(draws=draws, bins=bins, batch_size=batch_size)
-    if num_samples < 2:
-        raise InputError(f"a spread needs num_samples 2 at least, got {num_samples}")
+def evaluate_loss(settings: LossSettings) -> None:
+    """See :class:`LossSettings`."""
+    ckpt, store, out, seed = settings.ckpt, settings.store, settings.out, settings.seed
+    reading = asdict(settings.reading)
     if out is not None:
         check_output(Path(out), "--out")
     loaded = checkpoints.load(ckpt, **reading)
@@ -74,15 +43,17 @@ def evaluate_loss(
     if latents.manifest.shape != built_for:
         raise InputError(f"{store} holds latents of shape {latents.manifest.shape}, {ckpt} is built for {built_for}")
     names = loaded.latents.get("class_names")
-    numbers = match_classes(latents.class_set, ClassSet(num_classes, names, ckpt), "--store_classes", store_classes)
+    numbers = match_classes(
+        latents.class_set, ClassSet(num_classes, names, ckpt), "--store_classes", settings.store_classes
+    )
     latents.number_anew(numbers, num_classes, names)
-    device = launch(accelerator, "1", 1)[0].device
+    device = launch(Execution(settings.accelerator, "1"))[0].device
     raw = other_weights(ckpt, loaded, **reading)
     average = None if raw is None else compare_weights(loaded, raw)
-    rows = spread(latents.rows, num_samples).repeat(draws)
-    losses, known = compute(loaded, raw, latents, rows, batch_size, seed, device)
+    rows = spread(latents.rows, settings.num_samples).repeat(settings.draws)
+    losses, known = compute(loaded, raw, latents, rows, settings.batch_size, seed, device)
     reference = reference_for(describe(loaded.denoiser), describe(loaded.process))
-    edges = np.linspace(0, loaded.process.num_timesteps, bins + 1)
+    edges = np.linspace(0, loaded.process.num_timesteps, settings.bins + 1)
     print(curve(losses, edges, reference))
     found = findings(losses, known, average, reference, loaded.step)
     print("\n".join(["", "What is off:", *(f"- {text}" for text in found)]) if found else "\nNothing is off.")
@@ -94,13 +65,13 @@ def evaluate_loss(
             write_atomically(Path(out), content)
 
 
-def compare_weights(loaded: Loaded, raw: Loaded) -> Average:
+def compare_weights(loaded: Loaded, raw: Loaded) -> AverageDistance:
     ours, theirs = dict(loaded.denoiser.named_parameters()), dict(raw.denoiser.named_parameters())
     fresh = class_of(loaded.denoiser)(**loaded.denoiser.config)
     zero = [name for name, p in fresh.named_parameters() if p.requires_grad and not p.any()]
     names = [name for name, p in ours.items() if p.requires_grad]
     learned = norm(theirs[name] for name in zero)
-    return Average(
+    return AverageDistance(
         loaded.step,
         norm(ours[name] - theirs[name] for name in names) / norm(theirs[name] for name in names),
         norm(ours[name] for name in zero) / learned if learned else None,

@@ -1,90 +1,35 @@
 """``ditlit evaluate scaling``: quality against compute, from runs that were made."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from ditlit import checkpoints
 from ditlit.analysis.curves import read_curves
-from ditlit.commands.evaluate_sweep import Point, begin, run_point, write_table
+from ditlit.commands.evaluate_sweep import begin, name_of, record, run_point, sampling_of, write_table
 from ditlit.data.folders import SHOWN, write_atomically, writing
 from ditlit.errors import InputError
 from ditlit.evaluation.plots import plot_scaling
 from ditlit.models import DiT, macs, num_parameters
+from ditlit.settings.evaluate import ScalingSettings
 
 
-def evaluate_scaling(
-    runs: str,
-    reference: str,
-    out: str,
-    num_samples: int = 1000,
-    sampler: str = "dpm++",
-    num_steps: int = 20,
-    guidance_scale: float = 1.0,
-    weights: Literal["ema", "raw"] = "ema",
-    seed: int = 0,
-    batch_size: int = 100,
-    precision: Literal["32", "tf32", "bf16", "fp16"] = "32",
-    vae: str | None = None,
-    metrics: str | None = "fid",
-    extractor: str = "inception",
-    inception_weights: str | None = None,
-    reference_size: int | None = None,
-    accelerator: str = "auto",
-    devices: str = "auto",
-) -> None:
-    """Compare trained models by what they cost and how good they are.
-
-    Example: ditlit evaluate scaling --runs runs/scaling --reference data/tiny-imagenet-latents --out scaling
-
-    For every run: parameters, multiply-adds, held-out loss, metrics of samples, training compute and hours. The results
-    are table.csv, table.md and scaling.png, the paper's picture of quality against compute. Samples are drawn without
-    guidance, as there. A comparison that was stopped goes on where it was.
-
-    Args:
-        runs: folder of the runs' folders, as fit leaves them.
-        reference: as for ditlit evaluate.
-        out: folder of the comparison.
-        num_samples: images of each model; the classes take turns.
-        sampler: as for ditlit sample.
-        num_steps: of the sampler.
-        guidance_scale: of classifier-free guidance; 1 for none.
-        weights: the moving average, or those that the optimizer holds.
-        seed: of all noise: the same for all models.
-        batch_size: images drawn at once on each device.
-        precision: of the denoiser.
-        vae: instead of the VAE that the checkpoints name.
-        metrics: as for ditlit evaluate.
-        extractor: as for ditlit evaluate.
-        inception_weights: as for ditlit evaluate.
-        reference_size: as for ditlit evaluate.
-        accelerator: cpu, gpu, or auto.
-        devices: number of devices of this machine, or auto.
-    """
-    found = {path.parents[1].name: path for path in sorted(Path(runs).glob("*/checkpoints/last.ckpt"))}
+def evaluate_scaling(settings: ScalingSettings) -> None:
+    """See :class:`ScalingSettings`."""
+    found = {path.parents[1].name: path for path in sorted(Path(settings.runs).glob("*/checkpoints/last.ckpt"))}
     if not found:
-        raise InputError(f"{runs} holds no runs: there is no */checkpoints/last.ckpt below it")
+        raise InputError(f"{settings.runs} holds no runs: there is no */checkpoints/last.ckpt below it")
     costs = {name: cost_of(path) for name, path in found.items()}
-    point = Point(sampler, num_steps, guidance_scale, None)
-    common = {"accelerator": accelerator, "devices": devices}
-    drawing = common | {
-        "num_samples": num_samples, "labels": "balanced", "weights": weights, "seed": seed, "batch_size": batch_size,
-        "precision": precision, "vae": vae,
-    }  # fmt: skip
-    judging = common | {
-        "reference": reference, "metrics": metrics, "extractor": extractor, "inception_weights": inception_weights,
-        "reference_size": reference_size,
-    }  # fmt: skip
-    folder = Path(out)
-    settings = {k: v for k, v in (drawing | judging).items() if k not in common} | {"point": point.name}
-    begin(folder, settings, ("scaling.png", "scaling.json"))
+    folder, point = Path(settings.out), settings.sampling
+    begin(folder, record(settings) | asdict(point) | {"point": name_of(point)}, ("scaling.png", "scaling.json"))
     rows = []
     for number, (name, cost) in enumerate(sorted(costs.items(), key=lambda item: item[1]["gmacs"]), 1):
         print(f"model {number} of {len(costs)}: {name}, step {cost['step']:,}", flush=True)
         drawn = folder / "models" / f"{name}-{cost['step']:08d}"
-        result = run_point(point, drawn, drawing | {"ckpt": str(found[name])}, judging, keep_images=False)
+        result = run_point(sampling_of(settings, str(found[name]), point), settings, drawn, keep_images=False)
         rows.append({"model": name} | cost | {"metrics": result["metrics"]})
         text = write_tables(rows, folder)
     print(text)

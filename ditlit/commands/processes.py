@@ -10,11 +10,12 @@ from lightning.fabric import Fabric
 from tqdm import tqdm
 
 from ditlit.errors import InputError
-from ditlit.pulse import Pulse
+from ditlit.settings import Execution
+from ditlit.watchdog import RankWatchdog
 
 P = ParamSpec("P")
 
-_pulse: Pulse | None = None  # of this process, while a command runs on several
+_watchdog: RankWatchdog | None = None  # of this process, while a command runs on several
 
 
 def ending_together(command: Callable[P, None]) -> Callable[P, None]:
@@ -22,23 +23,23 @@ def ending_together(command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        global _pulse
+        global _watchdog
         try:
             command(*args, **kwargs)
         except BaseException as error:
-            if _pulse is not None and not isinstance(error, SystemExit):
-                _pulse.fail_with(error)
-                _pulse = None
+            if _watchdog is not None and not isinstance(error, SystemExit):
+                _watchdog.fail_with(error)
+                _watchdog = None
             raise
         finally:
-            if _pulse is not None:
-                _pulse.end()
-                _pulse = None
+            if _watchdog is not None:
+                _watchdog.end()
+                _watchdog = None
 
     return run
 
 
-def launch(accelerator: str, devices: str, num_nodes: int, precision: str = "32-true") -> tuple[Fabric, int]:
+def launch(execution: Execution, precision: str = "32-true") -> tuple[Fabric, int]:
     """Start the processes of a command that is :func:`ending_together`.
 
     Returns Fabric, and the number of processes of this machine.
@@ -46,6 +47,7 @@ def launch(accelerator: str, devices: str, num_nodes: int, precision: str = "32-
     Raises:
         InputError: for devices that this machine does not have.
     """
+    accelerator, devices, num_nodes = execution.accelerator, execution.devices, execution.num_nodes
     if "TORCHELASTIC_RUN_ID" in os.environ:  # under torchrun its own numbers hold
         devices = os.environ["LOCAL_WORLD_SIZE"]
         num_nodes = int(os.environ["WORLD_SIZE"]) // int(devices)
@@ -55,9 +57,9 @@ def launch(accelerator: str, devices: str, num_nodes: int, precision: str = "32-
         raise InputError(f"accelerator {accelerator}, devices {devices}: {error}") from error
     fabric.launch()
     if fabric.world_size > 1:
-        global _pulse
+        global _watchdog
         ranks = fabric.global_rank, fabric.world_size
-        _pulse = Pulse.among(*ranks, fabric.broadcast, fabric.barrier, "Run the command again to go on")
+        _watchdog = RankWatchdog.among(*ranks, fabric.broadcast, fabric.barrier, "Run the command again to go on")
     return fabric, fabric.world_size // num_nodes
 
 

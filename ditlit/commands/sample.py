@@ -2,200 +2,123 @@
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
 from ditlit import __version__, checkpoints
-from ditlit.checkpoints import Loaded, Reading
+from ditlit.checkpoints import Loaded
 from ditlit.commands.processes import Progress, ending_together, launch, share
-from ditlit.data.classes import Classes, parse_classes
+from ditlit.data.classes import parse_classes
 from ditlit.data.folders import check_writable
 from ditlit.diffusion import Sampling
-from ditlit.errors import InputError, check_positive, counted
+from ditlit.errors import counted
 from ditlit.generation.classes import plan_labels
-from ditlit.generation.drawing import Drawer
 from ditlit.generation.folder import SampleFolder
+from ditlit.generation.pipeline import SamplingPipeline
 from ditlit.generation.sheets import class_sheet, guidance_sheet, noise_sheet
-from ditlit.images.vae import load_autoencoder, weights_hash
+from ditlit.images.vae import Autoencoder, load_autoencoder, weights_hash
 from ditlit.pictures import grid_of, save_animation, save_png
+from ditlit.settings.sample import SampleSettings
 
 DEFAULT_CLASSES = 10
-PRODUCTS = ("npz", "latents")
 ANIMATED = 16  # most images in the animation
 
 
 @ending_together
-def sample(
-    ckpt: str,
-    out: str,
-    classes: Classes | None = None,
-    per_class: int = 8,
-    num_samples: int | None = None,
-    labels: Literal["balanced", "random"] = "balanced",
-    weights: Literal["ema", "raw"] = "ema",
-    sampler: Literal["ddpm", "ddim", "dpm++", "unipc", "deis"] = "ddpm",
-    num_steps: int = 250,
-    spacing: Literal["even", "ddim"] = "even",
-    eta: float = 0.0,
-    guidance_scale: float = 4.0,
-    guidance_channels: int | None = None,
-    guidance_interval: tuple[int, int] | str | None = None,
-    seed: int = 0,
-    batch_size: int = 32,
-    precision: Literal["32", "tf32", "bf16", "fp16"] | None = None,
-    compile: bool = False,
-    vae: str | None = None,
-    decode_batch_size: int = 16,
-    vae_tiling: bool = False,
-    save: str | None = None,
-    save_steps: int | None = None,
-    sheet: Literal["guidance", "noise", "classes"] | None = None,
-    sheet_scales: str = "1,1.5,2,4,8",
-    sheet_columns: int = 8,
-    accelerator: str = "auto",
-    devices: str = "auto",
-    num_nodes: int = 1,
-    **reading: Unpack[Reading],
-) -> None:
-    """Draw images from a checkpoint of any kind.
-
-    Example: ditlit sample --ckpt runs/xl2/checkpoints/last.ckpt --classes 207,360,387,974 --out samples
-
-    Architecture, classes, scaling of the latents and VAE come from the checkpoint. An image depends on the seed, its
-    number, its class and these settings only, not on devices or restarts; a job that was killed makes what is missing.
-
-    The default is the paper's 250 steps of DDPM; pictures while training, and from Python, take 50 of DDIM.
-
-    Args:
-        ckpt: a checkpoint of ours, the folder of a run (its last checkpoint), the released DiT weights (.pt), a
-            diffusers folder, a safetensors file, or a name on the hub.
-        out: folder for the images.
-        classes: numbers or names, separated by commas or as a list; by default ten spread over all of them, or all of
-            them with num_samples. What is the name of a class is taken for the name.
-        per_class: images of each class.
-        num_samples: so many images in all, instead of per_class.
-        labels: with num_samples, whether the classes take turns or are drawn at random.
-        weights: the moving average, or those that the optimizer holds.
-        sampler: ddpm or ddim, or one of the fast solvers of diffusers: dpm++, unipc, deis.
-        num_steps: number of denoising steps.
-        spacing: how they are spread over the schedule: even, or ddim for the released code's "ddimN".
-        eta: noise of DDIM's steps, from 0 (none) to 1.
-        guidance_scale: strength of classifier-free guidance; 1 is none, 4 makes pictures like the paper's.
-        guidance_channels: guide only the first so many channels; the paper's numbers guide 3.
-        guidance_interval: guide only at timesteps between these two: LOWEST,HIGHEST.
-        seed: of all noise.
-        batch_size: images drawn at once on each device.
-        precision: of the denoiser; by default tf32 on GPUs and 32 on CPUs. tf32 is float32 with fast matrix products,
-            in the VAE too, which is float32 otherwise.
-        compile: compile the denoiser, which pays for many images.
-        vae: folder or hub name of the VAE, instead of the one that the checkpoint names.
-        decode_batch_size: images decoded at once.
-        vae_tiling: decode in tiles, where memory is short; seams may show.
-        save: what to keep beside the PNG files, by which a job continues, separated by commas: npz, as ADM's evaluator
-            reads it, and latents.
-        save_steps: also draw the denoising of the first images as denoising.webp, a frame every so many steps.
-        sheet: draw a sheet instead of images, a row for each class: along the guidance scale, from one noise to
-            another, or from one class to the next.
-        sheet_scales: guidance scales of a guidance sheet, separated by commas.
-        sheet_columns: steps of the other sheets.
-        accelerator: cpu, gpu, or auto.
-        devices: number of devices of this machine, or auto: all GPUs, or one process on the CPU.
-        num_nodes: number of machines.
-        reading: how the checkpoint is read, as for ``ditlit.checkpoints.load``.
-    """
-    products = {word.strip() for word in (save or "").split(",")} - {""}
-    if not products <= set(PRODUCTS):
-        raise InputError(f"--save takes {', '.join(PRODUCTS)}, got {save!r}")
-    check_positive(
-        per_class=per_class, num_samples=num_samples, batch_size=batch_size, save_steps=save_steps,
-        decode_batch_size=decode_batch_size,
-    )  # fmt: skip
-    if sheet_columns < 2:
-        raise InputError(f"a sheet has two columns at least, sheet_columns is {sheet_columns}")
-    sampling = Sampling(
-        sampler, num_steps, spacing, eta, guidance_scale, guidance_channels, guidance_interval
-    )  # fmt: skip
-    scales = numbers(sheet_scales)
-    for scale in scales:
-        replace(sampling, guidance_scale=scale)  # refuses one that is none
-    precision = precision or ("tf32" if accelerator != "cpu" and torch.cuda.is_available() else "32")
-    loaded = checkpoints.load(ckpt, weights, **reading)
+def sample(settings: SampleSettings) -> None:
+    """See :class:`SampleSettings`."""
+    drawing, sampling = settings.drawing, settings.sampling
+    loaded = checkpoints.load(settings.ckpt, drawing.weights, **asdict(settings.reading))
     sampling.check(loaded.process, loaded.denoiser.in_channels)
+    classes = chosen_classes(settings, loaded)
+    y = plan_labels(classes, settings.num_samples, settings.per_class, drawing.labels, drawing.seed)
+    vae = load_autoencoder(loaded.latents.get("vae"), drawing.vae, loaded.denoiser.in_channels)
+    if drawing.vae_tiling:
+        vae.tile()
+    on_gpu = settings.execution.accelerator != "cpu" and torch.cuda.is_available()
+    precision = drawing.precision or ("tf32" if on_gpu else "32")
+
+    folder = SampleFolder(settings.out, y, "latents" in settings.products)
+    job = description(settings, loaded, classes, len(y), precision, vae)
+    if settings.sheet is None:
+        folder.check(job)
+    check_writable(folder.path, "--out")
+    fabric, _ = launch(settings.execution)
+    first = fabric.global_rank == 0
+    pipeline = SamplingPipeline(
+        loaded.denoiser,
+        loaded.process,
+        loaded.latents,
+        sampling,
+        drawing.seed,
+        fabric.device,
+        precision,
+        vae.to(fabric.device).decode,
+        drawing.decode_batch_size,
+        drawing.compile,
+    )
+    if first:
+        print(in_words(loaded, sampling, precision, fabric.device))
+    if settings.sheet is not None:
+        if first:
+            path = Path(settings.out) / f"sheet-{settings.sheet}.png"
+            save_png(draw_sheet(pipeline, settings, classes), path)
+            print(f"Look at {path}")
+        return
+    if first:
+        folder.begin(job)
+    fabric.barrier()
+    folder.look()
+    draw_missing(pipeline, folder, y, drawing.batch_size, settings.save_steps, fabric)
+    fabric.barrier()
+    if first:
+        folder.finish(settings.per_class if settings.num_samples is None else 8, "npz" in settings.products)
+        print(f"{counted(len(y), 'image')} in {folder.path / 'images'}\nLook at {folder.path / 'grid.png'}")
+
+
+def chosen_classes(settings: SampleSettings, loaded: Loaded) -> list[int]:
     num_classes = loaded.denoiser.num_classes
-    if classes is not None:
-        chosen = parse_classes(classes, num_classes, loaded.latents.get("class_names"))
-    elif num_samples is not None:
-        chosen = list(range(num_classes))
-    else:
-        rows = min(DEFAULT_CLASSES, num_classes)
-        chosen = [i * num_classes // rows for i in range(rows)]
-    y = plan_labels(chosen, num_samples, per_class, labels, seed)
-    autoencoder = load_autoencoder(loaded.latents.get("vae"), vae, loaded.denoiser.in_channels)
-    if vae_tiling:
-        autoencoder.tile()
-    job = {
+    if settings.classes is not None:
+        return parse_classes(settings.classes, num_classes, loaded.latents.get("class_names"))
+    if settings.num_samples is not None:
+        return list(range(num_classes))
+    rows = min(DEFAULT_CLASSES, num_classes)
+    return [i * num_classes // rows for i in range(rows)]
+
+
+def description(
+    settings: SampleSettings, loaded: Loaded, classes: list[int], num_samples: int, precision: str, vae: Autoencoder
+) -> dict[str, Any]:
+    """What the images depend on, for job.json: a job continues with the same only."""
+    drawing = settings.drawing
+    return {
         "checkpoint": weights_hash(loaded.denoiser),
         "weights": loaded.weights,
         "step": loaded.step,
-        "sampling": asdict(sampling),
-        "seed": seed,
-        "classes": chosen,
-        "num_samples": len(y),
-        "labels": labels if num_samples is not None else "class by class",
+        "sampling": asdict(settings.sampling),
+        "seed": drawing.seed,
+        "classes": classes,
+        "num_samples": num_samples,
+        "labels": drawing.labels if settings.num_samples is not None else "class by class",
         "precision": precision,
-        "batch_size": batch_size,
-        "vae": (autoencoder.entry or {}).get("hash"),
-        "vae_tiling": vae_tiling,
+        "batch_size": drawing.batch_size,
+        "vae": (vae.entry or {}).get("hash"),
+        "vae_tiling": drawing.vae_tiling,
         "quantisation": "floor(127.5 x + 128), clamped to 0..255",
-        "latents": "latents" in products,
+        "latents": "latents" in settings.products,
         "made_by": {
-            "checkpoint": str(ckpt),
+            "checkpoint": str(settings.ckpt),
             "ditlit": __version__,
             "torch": torch.__version__,
             "diffusers": version("diffusers"),
         },
     }
-
-    folder = SampleFolder(out, y, "latents" in products)
-    if sheet is None:
-        folder.check(job)
-    check_writable(folder.path, "--out")
-    fabric, _ = launch(accelerator, devices, num_nodes)
-    drawer = Drawer(
-        loaded.denoiser,
-        loaded.process,
-        loaded.latents,
-        sampling,
-        seed,
-        fabric.device,
-        precision,
-        autoencoder.to(fabric.device).decode,
-        decode_batch_size,
-        compile,
-    )
-    if fabric.global_rank == 0:
-        print(in_words(loaded, sampling, precision, fabric.device))
-    if sheet is not None:
-        if fabric.global_rank == 0:
-            path = Path(out) / f"sheet-{sheet}.png"
-            save_png(draw_sheet(drawer, sheet, chosen, scales, sheet_columns, batch_size), path)
-            print(f"Look at {path}")
-        return
-    if fabric.global_rank == 0:
-        folder.begin(job)
-    fabric.barrier()
-    folder.look()
-    draw_missing(drawer, folder, y, batch_size, save_steps, fabric)
-    fabric.barrier()
-    if fabric.global_rank == 0:
-        folder.finish(per_class if num_samples is None else 8, "npz" in products)
-        print(f"{counted(len(y), 'image')} in {folder.path / 'images'}\nLook at {folder.path / 'grid.png'}")
 
 
 def in_words(loaded: Loaded, sampling: Sampling, precision: str, device: torch.device) -> str:
@@ -210,23 +133,16 @@ def in_words(loaded: Loaded, sampling: Sampling, precision: str, device: torch.d
     return f"Drawing with the {which}{step}: {sampling.sampler}, {steps}, {guidance}; precision {precision}, {device}"
 
 
-def numbers(text: str) -> list[float]:
-    try:
-        return [float(word) for word in text.split(",")]
-    except ValueError:
-        raise InputError(f"--sheet_scales takes numbers separated by commas, got {text!r}") from None
-
-
-def draw_sheet(
-    drawer: Drawer, kind: str, classes: list[int], scales: list[float], columns: int, batch_size: int
-) -> Tensor:
-    if kind == "guidance":
-        return guidance_sheet(drawer, classes, scales, batch_size)
-    return {"noise": noise_sheet, "classes": class_sheet}[kind](drawer, classes, columns, batch_size)
+def draw_sheet(pipeline: SamplingPipeline, settings: SampleSettings, classes: list[int]) -> Tensor:
+    batch_size = settings.drawing.batch_size
+    if settings.sheet == "guidance":
+        return guidance_sheet(pipeline, classes, settings.scales, batch_size)
+    draw = {"noise": noise_sheet, "classes": class_sheet}[settings.sheet]
+    return draw(pipeline, classes, settings.sheet_columns, batch_size)
 
 
 def draw_missing(
-    drawer: Drawer, folder: SampleFolder, y: Tensor, batch_size: int, save_steps: int | None, fabric: Fabric
+    pipeline: SamplingPipeline, folder: SampleFolder, y: Tensor, batch_size: int, save_steps: int | None, fabric: Fabric
 ) -> None:
     """Draw this process's part of the batches that are not complete."""
     batches = [list(range(i, min(i + batch_size, len(y)))) for i in range(0, len(y), batch_size)]
@@ -239,9 +155,9 @@ def draw_missing(
     start = time.perf_counter()
     with Progress("sampling", len(y), len(y) - count, my_count, fabric) as progress, ThreadPoolExecutor(4) as threads:
         for batch in mine:
-            frames = Frames(drawer, save_steps) if save_steps and batch[0] == 0 else None
-            latents = drawer.draw(batch, y[batch], callback=frames)
-            images = drawer.images(latents, batch)
+            frames = Frames(pipeline, save_steps) if save_steps and batch[0] == 0 else None
+            latents = pipeline.draw(batch, y[batch], callback=frames)
+            images = pipeline.images(latents, batch)
             for file in written:  # of the batch before, while this one was drawn
                 file.result()
             written = folder.write(batch, images, latents, threads)
@@ -257,8 +173,8 @@ def draw_missing(
 class Frames:
     """A step callback that keeps what the denoiser takes the first images to be, every so many steps."""
 
-    def __init__(self, drawer: Drawer, every: int):
-        self.drawer = drawer
+    def __init__(self, pipeline: SamplingPipeline, every: int):
+        self.pipeline = pipeline
         self.every = every
         self.kept: list[Tensor] = []
         self.last: Tensor | None = None
@@ -272,4 +188,4 @@ class Frames:
     def pictures(self) -> list[Tensor]:
         kept = self.kept if self.last is None else [*self.kept, self.last]
         per_row = int(len(kept[0]) ** 0.5)
-        return [grid_of(self.drawer.images(self.drawer.raw(x0)), per_row) for x0 in kept]
+        return [grid_of(self.pipeline.images(self.pipeline.raw(x0)), per_row) for x0 in kept]

@@ -10,8 +10,7 @@ from typing import NamedTuple
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from ditlit.errors import InputError, counted
-
-Classes = list[str | int] | str | int  # what such a setting takes
+from ditlit.settings import Classes
 
 
 class ClassSet(NamedTuple):

@@ -6,10 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ditlit.data.classes import Classes, ClassSet, match_classes, parse_classes
+from ditlit.data.classes import ClassSet, match_classes, parse_classes
 from ditlit.data.manifest import Shard
 from ditlit.data.store import LatentStore
 from ditlit.errors import InputError
+from ditlit.settings import Classes
 
 
 class StoreCollection:

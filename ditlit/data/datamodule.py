@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ditlit.data.cache import DEFAULT_FOLDER, ShardCache
-from ditlit.data.classes import Classes
 from ditlit.data.collection import StoreCollection, hold_out
 from ditlit.data.datasets import EvalDataset, LabelDataset, TrainDataset
 from ditlit.data.folders import is_remote
@@ -21,6 +20,7 @@ from ditlit.data.sampler import EpochByEpoch, EvalOrder, ShuffleWindows, TrainOr
 from ditlit.data.store import LatentStore, mean_latents
 from ditlit.data.workers import Loader
 from ditlit.errors import InputError, check_positive, counted
+from ditlit.settings import Classes
 
 REMOTE_WINDOW = 8  # shards of a shuffle where a store is remote
 

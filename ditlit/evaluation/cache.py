@@ -20,8 +20,8 @@ from ditlit.data.folders import check_writable
 from ditlit.errors import InputError
 from ditlit.evaluation.extraction import ranks
 from ditlit.evaluation.extractors import Features
+from ditlit.settings.evaluate import FEATURES
 
-DEFAULT_FOLDER = "~/.cache/ditlit/features"
 LIMIT = 50e9  # bytes kept; 50,000 images have about 1 GB
 
 
@@ -35,7 +35,7 @@ class FeatureCache:
         limit: bytes to keep.
     """
 
-    def __init__(self, folder: str | Path = DEFAULT_FOLDER, limit: float = LIMIT):
+    def __init__(self, folder: str | Path = FEATURES, limit: float = LIMIT):
         self.folder = folder
         self.limit = limit
         self._own: tempfile.TemporaryDirectory | None = None  # where the folder cannot be written

@@ -52,7 +52,7 @@ class Latents:
 
 
 @dataclass
-class Average:
+class AverageDistance:
     """How the moving average stands to the raw weights.
 
     Args:
@@ -78,7 +78,7 @@ def by_timestep(t: np.ndarray, values: np.ndarray, edges: np.ndarray) -> tuple[n
 def findings(
     losses: Losses,
     latents: Latents,
-    average: Average | None = None,
+    average: AverageDistance | None = None,
     reference: Mapping[str, Any] | None = None,
     step: int = 0,
 ) -> list[str]:
@@ -155,14 +155,14 @@ def about_labels(losses: Losses) -> list[str]:
     if sure and above_wrong > 0:
         return [
             f"the null label gives a higher error than wrong labels do (by {above_wrong:.4f}): it was never trained; "
-            "was label_dropout 0, or is the null label another class? Guidance will not work"
+            "was class_dropout_prob 0, or is the null label another class? Guidance will not work"
         ]
     if not sure_null or worse_null <= 0:
         return ["the null label gives no higher error than the right labels: it is not what it was in training"]
     return []
 
 
-def about_average(average: Average, losses: Losses) -> list[str]:
+def about_average(average: AverageDistance, losses: Losses) -> list[str]:
     if average.distance == 0:
         return [
             f"the moving average equals the raw weights to the bit after {average.step:,} steps: it is no average "

@@ -3,21 +3,22 @@
 import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ditlit import checkpoints
-from ditlit.checkpoints import Loaded, Reading
+from ditlit.checkpoints import Loaded
 from ditlit.checkpoints.contents import variant_name
 from ditlit.data.arrays import labels_of
-from ditlit.data.classes import Classes, parse_classes
+from ditlit.data.classes import parse_classes
 from ditlit.diffusion import Sampling
 from ditlit.errors import InputError, check_positive
-from ditlit.generation.drawing import Drawer, Precision, check_precision
+from ditlit.generation.pipeline import Precision, SamplingPipeline, check_precision
 from ditlit.images.vae import Autoencoder, load_autoencoder
+from ditlit.settings import Classes
 
 
 class Model:
@@ -49,10 +50,10 @@ class Model:
         return load_autoencoder(self.latents.get("vae"), self._vae, self.denoiser.in_channels).to(self.device)
 
     @cached_property
-    def _drawer(self) -> Drawer:
+    def _drawer(self) -> SamplingPipeline:
         precision, compile = self._settings
-        denoiser = copy.deepcopy(self.denoiser)  # a drawer replaces layers
-        return Drawer(
+        denoiser = copy.deepcopy(self.denoiser)  # a pipeline replaces layers
+        return SamplingPipeline(
             denoiser, self.process, self.latents, Sampling(), 0, self.device, precision, self._decode, compile=compile
         )
 
@@ -129,7 +130,7 @@ def load(
     device: str | torch.device | None = None,
     precision: Precision = "32",
     compile: bool = False,
-    **reading: Unpack[Reading],
+    **reading: Any,
 ) -> Model:
     """Load weights in any format, to draw with them: ``ditlit.load("runs/digits").sample([0, 1, 2])``.
 

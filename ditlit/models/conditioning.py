@@ -110,18 +110,18 @@ class PlainFinalLayer(nn.Module):
         return self.linear(self.norm(x))  # (N, T, p*p*C)
 
 
-def appended(x: Tensor, time: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+def as_tokens(x: Tensor, time: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """The embeddings (N, D) as two tokens behind those of the picture, (N, T+2, D)."""
     c = torch.stack([time, label], 1)  # (N, 2, D)
     return torch.cat([x, c.to(x.dtype)], 1), c
 
 
-def apart(x: Tensor, time: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+def as_sequence(x: Tensor, time: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """The embeddings (N, D) as a sequence of their own, (N, 2, D)."""
     return x, torch.stack([time, label], 1)
 
 
-def summed(x: Tensor, time: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+def as_vector(x: Tensor, time: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """The embeddings (N, D) as one vector, through the SiLU that stands before every modulation."""
     return x, F.silu(time + label)
 
@@ -141,8 +141,8 @@ class Design(NamedTuple):
 
 
 DESIGNS = {
-    "in_context": Design(InContextBlock, PlainFinalLayer, appended),
-    "cross_attention": Design(CrossAttentionBlock, PlainFinalLayer, apart),
-    "adaln": Design(AdaLNBlock, FinalLayer, summed),
-    "adaln_zero": Design(AdaLNZeroBlock, FinalLayer, summed),
+    "in_context": Design(InContextBlock, PlainFinalLayer, as_tokens),
+    "cross_attention": Design(CrossAttentionBlock, PlainFinalLayer, as_sequence),
+    "adaln": Design(AdaLNBlock, FinalLayer, as_vector),
+    "adaln_zero": Design(AdaLNZeroBlock, FinalLayer, as_vector),
 }

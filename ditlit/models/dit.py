@@ -41,8 +41,8 @@ class DiT(nn.Module):
         learn_sigma: predict the variance too: 2C output channels, noise first.
         positions: fixed 2-D sines and cosines (the paper) or a learned table.
         dropout: of attention weights and MLP activations, in training mode. The paper uses none.
-        use_checkpoint: recompute blocks in the backward pass instead of storing their activations: all of them, or so
-            many, spread evenly over the depth.
+        gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations: all of
+            them, or so many, spread evenly over the depth.
         conditioning: how blocks know timestep and class, the paper's four designs: as two tokens in context, through
             cross-attention, or through norms whose shift and scale depend on them, without or with gates.
 
@@ -64,7 +64,7 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
         positions: Literal["sincos", "learned"] = "sincos",
         dropout: float = 0.0,
-        use_checkpoint: bool | int = False,
+        gradient_checkpointing: bool | int = False,
         conditioning: Literal["in_context", "cross_attention", "adaln", "adaln_zero"] = "adaln_zero",
     ):
         super().__init__()
@@ -82,7 +82,7 @@ class DiT(nn.Module):
             learn_sigma=learn_sigma,
             positions=positions,
             dropout=dropout,
-            use_checkpoint=use_checkpoint,
+            gradient_checkpointing=gradient_checkpointing,
             conditioning=conditioning,
         )
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
@@ -95,7 +95,7 @@ class DiT(nn.Module):
         check_sizes(self.input_size, width, sizes["num_heads"], self.patch_size)
         if conditioning not in DESIGNS:
             raise InputError(f"unknown conditioning {conditioning!r}; choose one of {', '.join(DESIGNS)}")
-        self.recomputed = recomputed(use_checkpoint, sizes["depth"])
+        self.recomputed = recomputed(gradient_checkpointing, sizes["depth"])
 
         self.grid = (self.input_size[0] // self.patch_size, self.input_size[1] // self.patch_size)
         tokens = self.grid[0] * self.grid[1]
@@ -146,13 +146,13 @@ class DiT(nn.Module):
         return unpatchify(x, self.patch_size, self.grid)  # (N, C_out, H, W)
 
 
-def recomputed(use_checkpoint: bool | int, depth: int) -> frozenset[int]:
+def recomputed(blocks: bool | int, depth: int) -> frozenset[int]:
     """Numbers of the blocks that are recomputed in the backward pass."""
-    if use_checkpoint is True:
+    if blocks is True:
         return frozenset(range(depth))
-    if not 0 <= use_checkpoint <= depth:
-        raise InputError(f"use_checkpoint recomputes between 0 and all {depth} blocks, got {use_checkpoint}")
-    return frozenset(i for i in range(depth) if (i + 1) * use_checkpoint // depth > i * use_checkpoint // depth)
+    if not 0 <= blocks <= depth:
+        raise InputError(f"gradient_checkpointing recomputes between 0 and all {depth} blocks, got {blocks}")
+    return frozenset(i for i in range(depth) if (i + 1) * blocks // depth > i * blocks // depth)
 
 
 def check_sizes(input_size: tuple[int, int], width: int, num_heads: int, patch_size: int) -> None:

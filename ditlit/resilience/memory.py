@@ -58,8 +58,8 @@ def out_of_memory(trainer: Trainer, module: LightningModule, error: BaseExceptio
         tokens, width = denoiser.grid[0] * denoiser.grid[1], denoiser.config["hidden_size"]
         kept = 4 * len(denoiser.blocks) * at_once * tokens * width
         lines.append(
-            f"--model.denoiser.use_checkpoint true: activations of one block, and {gigabytes(kept)} of those between "
-            "blocks, for about a third more work"
+            f"--model.denoiser.gradient_checkpointing true: activations of one block, and {gigabytes(kept)} of those "
+            "between blocks, for about a third more work"
         )
     if ranks > 1 and not is_sharded(denoiser):
         lines.append(f"--trainer.strategy fsdp2: {gigabytes(states // ranks)} of the states on each device")

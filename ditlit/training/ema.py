@@ -17,7 +17,7 @@ from ditlit.parallel.shards import gathered, is_sharded, local, reshard, shard_l
 PREFIX = "denoiser."
 
 
-class Average:
+class AveragedParameters:
     """Float32 averages of a module's trainable parameters; buffers and frozen parameters are left alone."""
 
     def __init__(self, module: nn.Module, decay: float, warmup: bool):
@@ -45,7 +45,7 @@ class Average:
         torch._foreach_lerp_([local(value) for value in self.values], current, 1 - decay)
         self.num_updates += 1
 
-    def follow(self, module: nn.Module) -> None:
+    def move_to(self, module: nn.Module) -> None:
         """Move to the devices of the parameters, and into their shards."""
         self.values = [shard_like(v, p) for v, p in zip(self.values, self.parameters(module), strict=True)]
 
@@ -83,7 +83,7 @@ class EMA(WeightAveraging):
         super().__init__(use_buffers=False)
         self.decay = decay
         self.warmup = warmup
-        self._average_model: Average | None = None
+        self._average_model: AveragedParameters | None = None
         self._raw: list[Tensor] | None = None  # the weights set aside while the average is in their place
         self._training = False  # rather than validating, testing or predicting
 
@@ -154,10 +154,10 @@ class EMA(WeightAveraging):
                     "ModelCheckpoint(save_weights_only=True) would save no moving average; remove the setting"
                 )
         self._latest_update_step = 0
-        self._average_model = Average(pl_module.denoiser, self.decay, self.warmup)
+        self._average_model = AveragedParameters(pl_module.denoiser, self.decay, self.warmup)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._average_model.follow(pl_module.denoiser)  # only now are the weights where they stay
+        self._average_model.move_to(pl_module.denoiser)  # only now are the weights where they stay
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._training:

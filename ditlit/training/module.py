@@ -37,8 +37,8 @@ from ditlit.resilience.resuming import (
     optimizer_settings,
     take_settings,
 )
-from ditlit.training.draws import StepDraws
 from ditlit.training.ema import EMA
+from ditlit.training.randomness import StepRandomness
 
 GOLDEN_RATIO = 0.6180339887498949
 VALIDATION_SEED = 0  # of the validation noise; the same in every run, so that curves compare
@@ -54,7 +54,7 @@ class DiTModule(LightningModule):
         optimizer: from parameters to an optimizer. The paper: AdamW, learning rate 1e-4, no weight decay.
         lr_scheduler: from an optimizer to a schedule over optimizer steps; constant by default.
         ema: the moving average of the weights that validation and sampling use; null for none.
-        label_dropout: probability of replacing a label by the null class, for classifier-free guidance.
+        class_dropout_prob: probability of replacing a label by the null class, for classifier-free guidance.
         sampling: how samples are drawn.
         seed: of everything random in training; follows seed_everything in the command line.
         init_from: weights to start training from, in any format that ``checkpoints.load`` takes; another number of
@@ -73,7 +73,7 @@ class DiTModule(LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         ema: EMA | None = lazy_instance(EMA),
-        label_dropout: float = 0.1,
+        class_dropout_prob: float = 0.1,
         sampling: Sampling = Sampling(),
         seed: int = 0,
         init_from: str | None = None,
@@ -81,8 +81,8 @@ class DiTModule(LightningModule):
         compile: bool = False,
     ):
         super().__init__()
-        if not 0 <= label_dropout < 1:
-            raise InputError(f"label_dropout is a probability below 1, got {label_dropout}")
+        if not 0 <= class_dropout_prob < 1:
+            raise InputError(f"class_dropout_prob is a probability below 1, got {class_dropout_prob}")
         check_positive(max_bad_steps=max_bad_steps)
         process, ema = own(process), own(ema)
         check_denoiser(denoiser)
@@ -93,7 +93,7 @@ class DiTModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.ema = ema
-        self.label_dropout = label_dropout
+        self.class_dropout_prob = class_dropout_prob
         self.sampling = sampling
         self.seed = seed
         self.init_from = init_from
@@ -207,20 +207,20 @@ class DiTModule(LightningModule):
     def training_terms(self, batch: dict[str, Tensor], batch_idx: int, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """Terms of the loss (N,) for a micro-batch of optimizer step ``step``, and the timesteps (N,) drawn for it."""
         y = batch["labels"]  # (N,)
-        draws = self.step_draws(len(y), batch_idx, step)
+        draws = self.step_randomness(len(y), batch_idx, step)
         t = draws.timesteps(self.process.sample_timesteps)  # (N,)
         noise = draws.normal(*self.latent_shape)  # (N, C, H, W)
-        y = torch.where(draws.uniform() < self.label_dropout, self.denoiser.num_classes, y)  # (N,)
+        y = torch.where(draws.uniform() < self.class_dropout_prob, self.denoiser.num_classes, y)  # (N,)
         x0 = self.scaled(batch, draws.normal)  # (N, C, H, W)
         return self.process.loss(self.denoiser, x0, y, t=t, noise=noise), t
 
-    def step_draws(self, n: int, batch_idx: int, step: int) -> StepDraws:
+    def step_randomness(self, n: int, batch_idx: int, step: int) -> StepRandomness:
         """The random numbers of a step for the n rows of this process, as laid out by ``TrainOrder``."""
         trainer = self.trainer
         part = batch_idx % trainer.accumulate_grad_batches * trainer.world_size + trainer.global_rank
         torch.manual_seed(mix(self.seed, step, part))  # dropout inside the network draws from the global generators
         total = n * trainer.world_size * trainer.accumulate_grad_batches
-        return StepDraws(self.seed, step, total, slice(part * n, (part + 1) * n), self.device)
+        return StepRandomness(self.seed, step, total, slice(part * n, (part + 1) * n), self.device)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -335,7 +335,7 @@ class DiTModule(LightningModule):
             "_instantiator": "lightning.pytorch.cli.instantiate_module",
             "denoiser": describe(self.denoiser),
             "process": describe(self.process),
-            "label_dropout": self.label_dropout,
+            "class_dropout_prob": self.class_dropout_prob,
             "seed": self.seed,
         }
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches

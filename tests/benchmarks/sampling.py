@@ -13,15 +13,15 @@ import time
 from pathlib import Path
 
 import torch
+from calls import convert
 from diffusers import AutoencoderKL, DiTPipeline
 from torch import nn
 
 from ditlit import checkpoints
-from ditlit.checkpoints.contents import Contents, describe
+from ditlit.checkpoints.contents import CheckpointContents, describe
 from ditlit.checkpoints.safetensors_files import write_safetensors
-from ditlit.commands.convert import convert
 from ditlit.diffusion import GaussianDiffusion, Sampling
-from ditlit.generation.drawing import WEIGHTS, Drawer
+from ditlit.generation.pipeline import WEIGHTS, SamplingPipeline
 from ditlit.images.vae import load_decoder
 from ditlit.models import DiT, macs
 
@@ -37,7 +37,9 @@ def make_files(variant: str, folder: Path) -> None:
         block_out_channels=(4,) * 4, norm_num_groups=2, latent_channels=4,
     ).save_pretrained(folder / "vae")  # fmt: skip
     latents = dict(shift=[0.0], scale=[0.18215], kind="moments", vae={"source": str(folder / "vae")})
-    contents = Contents(model.state_dict(), describe(model), describe(GaussianDiffusion()), latents, 0, "ema", "ours")
+    contents = CheckpointContents(
+        model.state_dict(), describe(model), describe(GaussianDiffusion()), latents, 0, "ema", "ours"
+    )
     write_safetensors(contents, folder / "model.safetensors")
     convert(str(folder / "model.safetensors"), str(folder / "pipeline"), vae=str(folder / "vae"))
 
@@ -60,7 +62,7 @@ def main() -> None:
         count = macs(loaded.denoiser)
         decode = load_decoder(loaded.latents["vae"], None, device)
         sampling = Sampling("ddim", args.num_steps, guidance_scale=4.0)
-        drawer = Drawer(
+        pipeline = SamplingPipeline(
             loaded.denoiser, loaded.process, loaded.latents, sampling, 0, device, args.precision, decode, 16,
             args.compile,
         )  # fmt: skip
@@ -70,7 +72,7 @@ def main() -> None:
             pipeline.transformer.compile()
 
         def ours() -> None:
-            drawer.images(drawer.draw(range(args.batch_size), y))
+            pipeline.images(pipeline.draw(range(args.batch_size), y))
 
         def theirs() -> None:
             pipeline(y.tolist(), guidance_scale=4.0, num_inference_steps=args.num_steps, output_type="np")

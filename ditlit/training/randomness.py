@@ -8,7 +8,7 @@ from torch import Tensor
 from ditlit.diffusion.noise import mix
 
 
-class StepDraws:
+class StepRandomness:
     """Draws for the whole global batch of one optimizer step, of which this process keeps its rows.
 
     So a resumed run needs no state of a random number generator, and a run on eight devices draws what it would have

@@ -21,7 +21,7 @@ from ditlit.evaluation.sources import Source
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pillow", "lightning", "diffusers")
 
 
-def passport(
+def provenance(
     results: Results,
     generated: Source,
     reference: Source,

@@ -42,7 +42,7 @@ class TimeTable(nn.Module):
 
 
 @dataclass
-class Drawer:
+class SamplingPipeline:
     """Draws images on one device.
 
     Args:

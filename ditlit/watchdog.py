@@ -18,7 +18,7 @@ DONE = b"done"
 BROKEN = ("gloo", "NCCL", "ProcessGroup")  # words in the errors of collectives whose other end is gone
 
 
-class Pulse:
+class RankWatchdog:
     """Gives signs of life in a store that all ranks reach, and looks for those of the others, in a thread.
 
     Rank 0 watches all ranks, and they watch it.
@@ -57,8 +57,8 @@ class Pulse:
     @classmethod
     def among(
         cls, rank: int, world_size: int, broadcast: Callable[[Any], Any], barrier: Callable[[], Any], advice: str
-    ) -> "Pulse":
-        """A started pulse of this process, which ends with one line where another is gone; all ranks must call this.
+    ) -> "RankWatchdog":
+        """A started watchdog of this process, which ends with one line where another is gone; all ranks must call this.
 
         The ranks meet at MASTER_ADDR and MASTER_PORT, as with Lightning's launcher, torchrun and SLURM.
 
@@ -75,13 +75,13 @@ class Pulse:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=PATIENCE))
         # torchrun keeps the store when it starts ranks again, and with it what those of before have said.
-        pulse = cls(dist.PrefixStore(broadcast(os.urandom(8).hex()), store), rank, world_size, give_up)
+        watchdog = cls(dist.PrefixStore(broadcast(os.urandom(8).hex()), store), rank, world_size, give_up)
         barrier()
-        pulse.start()
-        return pulse
+        watchdog.start()
+        return watchdog
 
     def start(self) -> None:
-        """To be called when every rank has made its pulse."""
+        """To be called when every rank has made its watchdog."""
         self._thread.start()
 
     def fail(self, reason: str) -> None:
