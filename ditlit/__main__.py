@@ -9,6 +9,8 @@ from ditlit import __version__
 from ditlit.commands import COMMANDS, call, settings_of
 from ditlit.errors import InputError
 from ditlit.quiet import quieten
+from ditlit.run_help import DESCRIPTIONS, kept_help
+from ditlit.settings.configs import with_found_configs
 from ditlit.settings.flags import add_arguments
 
 USAGE = f"""ditlit {__version__}: train, sample and understand Diffusion Transformers
@@ -34,7 +36,6 @@ See a recipe   ditlit fit --config xl2.yaml --print_config
 All settings   ditlit fit --help
 """
 
-LIGHTNING = ("fit", "validate", "test", "predict")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KEPT = "run the command again to go on: what is written is kept"
 
@@ -60,16 +61,10 @@ def main() -> None:
             settings = parsed(command_parser(command), joined(sys.argv[1 + len(command.split()) :]))
             settings.pop("config")
             call(command, **settings.as_dict())
-        elif sys.argv[1] == "benchmark":
-            from ditlit.benchmarking.cli import BenchmarkCLI
-
-            BenchmarkCLI(sys.argv[2:]).benchmark()
-        elif sys.argv[1] in LIGHTNING or sys.argv[1].startswith("-"):
-            from ditlit.cli import DitlitCLI  # after the cheap answers: it imports torch
-
-            DitlitCLI()
+        elif sys.argv[1] in DESCRIPTIONS or sys.argv[1].startswith("-"):
+            run(sys.argv[1:])
         else:
-            near = get_close_matches(sys.argv[1], (*LIGHTNING, *COMMANDS, "benchmark"), 1)
+            near = get_close_matches(sys.argv[1], (*DESCRIPTIONS, *COMMANDS), 1)
             meant = f"; did you mean {near[0]}?" if near else "."
             raise InputError(f"there is no command {sys.argv[1]!r}{meant} All are shown by ditlit --help")
     except InputError as error:
@@ -94,6 +89,22 @@ def main() -> None:
         leave_ranks()
         raise
     leave_ranks()
+
+
+def run(words: list[str]) -> None:
+    """One of Lightning's commands or the benchmark; what can be told without torch is told before it is imported."""
+    if words[0] in DESCRIPTIONS and words[1:] in (["--help"], ["-h"]) and (text := kept_help(words[0])) is not None:
+        print(text)
+        return
+    with_found_configs(words)
+    if words[0] == "benchmark":
+        from ditlit.benchmarking.cli import BenchmarkCLI
+
+        BenchmarkCLI(words[1:]).benchmark()
+    else:
+        from ditlit.cli import DitlitCLI
+
+        DitlitCLI()
 
 
 def let_idle_threads_sleep() -> None:

@@ -35,19 +35,9 @@ from ditlit.resilience.memory import out_of_memory, ran_out
 from ditlit.resilience.nonfinite import Diverged
 from ditlit.resilience.run_folder import CONFIG, checkpoint_folders, find_checkpoint, run_folder, trace_of_a_run
 from ditlit.resilience.saving import with_checkpoints
+from ditlit.run_help import texts
+from ditlit.settings.configs import CONFIG_OPTIONS, shipped_configs, with_found_configs
 from ditlit.training import DiTModule
-
-DESCRIPTIONS = {
-    "fit": """Train a DiT. Example: ditlit fit --config xl2.yaml --data.store /data/imagenet-latents
-        --trainer.default_root_dir runs/xl2. Checkpoints, curves and sample grids go to the run's folder. Continue a
-        stopped run with --ckpt_path last.""",
-    "validate": """Compute the loss on held-out latents with the averaged weights. Example: ditlit validate --config
-        runs/xl2/config.yaml --ckpt_path runs/xl2/checkpoints/last.ckpt""",
-    "test": """Compute the loss on the test latents with the averaged weights; arguments as for validate.""",
-    "predict": """Draw samples with the averaged weights, every class in turn, as PNG files in predictions/ in the
-        run's folder. Example: ditlit predict --config runs/xl2/config.yaml --ckpt_path runs/xl2/checkpoints/last.ckpt
-        --data.predict_samples 1000""",
-}
 
 # Settings of Lightning's Trainer that ``--help`` shows; ``--help trainer`` shows them all.
 TRAINER = (
@@ -57,55 +47,6 @@ TRAINER = (
 )  # fmt: skip
 LIGHTNING = ("seed_everything", "ckpt_path")
 LEFT_OUT = ("data", "print_config", "weights_only")
-MORE = """
---config FILE is needed, one of yours or a shipped one; several are read in turn, and settings on the command
-line change what they say. Shipped: {shipped}.
-
-  --help WORD                  settings with this word in their name: --help trainer, --help guidance
-  --help all                   all settings
-  --trainer.callbacks.help CLASS, --model.denoiser.help CLASS, ...
-                               settings of a class, such as ditlit.callbacks.SampleGrid
-  --print_config               the configuration as it would be run
-"""
-
-# In a checkout the configurations lie beside the package, in a wheel inside it.
-CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
-CONFIG_OPTIONS = ("--config", "-c")
-
-
-def find_config(name: str) -> str:
-    """A configuration file as given, or else the shipped one of that name.
-
-    Raises:
-        InputError: where there is neither; lists the shipped ones.
-    """
-    if Path(name).exists():
-        return name
-    for folder in CONFIG_FOLDERS:
-        if (folder / name).is_file():
-            return str(folder / name)
-    raise InputError(f"there is no configuration {name!r}, neither here nor shipped; shipped: {shipped_configs()}")
-
-
-def shipped_configs(pattern: str = "**/*.yaml") -> str:
-    return ", ".join(sorted({str(p.relative_to(f)) for f in CONFIG_FOLDERS for p in f.glob(pattern)}))
-
-
-def help_texts(description: str) -> dict[str, str]:
-    """The settings of a parser for what its help says before and after the settings."""
-    return {"description": " ".join(description.split()), "epilog": MORE.format(shipped=shipped_configs("*.yaml"))}
-
-
-def with_found_configs(args: list[str]) -> list[str]:
-    """Command-line arguments with the files after ``--config`` and ``-c`` found."""
-    args = list(args)
-    for i, arg in enumerate(args):
-        if arg in CONFIG_OPTIONS and i + 1 < len(args):
-            args[i + 1] = find_config(args[i + 1])
-        elif arg.startswith("--config="):
-            args[i] = "--config=" + find_config(arg.removeprefix("--config="))
-    return args
-
 
 def mistake_in(error: ValueError) -> InputError:
     """What a class says of its arguments, without what jsonargparse says around it of the setting's other types."""
@@ -137,8 +78,9 @@ class RunParser(Parser, LightningArgumentParser):
 
     classes: ClassVar = {"model.denoiser": DiT, "data": LatentDataModule}
 
-    def in_brief(self, settings: list[Setting]) -> list[Setting]:
+    def brief(self) -> list[Setting]:
         """All of ours, then of Lightning's those in common use, in a sentence each."""
+        settings = super().brief()
         found = {setting.name: setting for setting in settings}
         ours = [s for first in ("model.", "data.") for s in settings if s.name.startswith(first)]
         theirs = [found[f"trainer.{name}"]._replace(group="Trainer") for name in TRAINER]
@@ -202,7 +144,7 @@ class DitlitCLI(LightningCLI):
                 "enable_model_summary": False,  # ModelLine instead
             },
             parser_class=RunParser,
-            parser_kwargs={"prog": "ditlit"} | {name: help_texts(text) for name, text in DESCRIPTIONS.items()},
+            parser_kwargs={"prog": "ditlit"} | {name: texts(name) for name in ("fit", "validate", "test", "predict")},
         )
         try:
             super().__init__(DiTModule, LatentDataModule, args=args, **(settings | changes))

@@ -5,13 +5,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from jsonargparse import ArgumentParser
 
-from ditlit.errors import InputError
+from ditlit.settings.configs import CONFIG_OPTIONS, read_config
 
 MOST = 3  # names that are offered
 
@@ -26,8 +25,9 @@ def unknown_setting(parser: ArgumentParser, words: Sequence[str]) -> str | None:
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     for i, word in enumerate(words):
         value = words[i + 1] if i + 1 < len(words) else ""
-        if word in ("--config", "-c"):
-            place, dashes, given = f" in {value}", "", _mapping(value)
+        if word in CONFIG_OPTIONS:
+            file = "the configuration" if "\n" in value else value
+            place, dashes, given = f" in {file}", "", read_config(value)
         elif word.startswith("--") and len(word) > 2:
             place, dashes, given = "", "--", {word[2:]: _value(value)}
         else:
@@ -37,23 +37,6 @@ def unknown_setting(parser: ArgumentParser, words: Sequence[str]) -> str | None:
             meant = f"; did you mean {' or '.join(dashes + n for n in near)}?" if near else ""
             return f"there is no {kind} {dashes}{name}{place}{meant}"
     return None
-
-
-def _mapping(file: str) -> dict:
-    """What a YAML file holds; nothing where it cannot be read, of which others tell.
-
-    Raises:
-        InputError: for a file that holds no settings.
-    """
-    try:
-        content = yaml.safe_load(Path(file).read_bytes())
-    except OSError:
-        return {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds no settings" + ("" if content is None else f", but {content!r:.60}"))
-    return content
 
 
 def _value(word: str) -> Any:

@@ -42,10 +42,6 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **({"exit_on_error": False, "allow_abbrev": False} | kwargs))
 
-    def in_brief(self, settings: list[Setting]) -> list[Setting]:
-        """What ``--help`` shows of all settings."""
-        return settings
-
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         return self.help_on("all")
 
@@ -55,20 +51,18 @@ class Parser(ArgumentParser):
         Raises:
             InputError: where no setting has that word in its name.
         """
-        before, after = [], []
-        settings = list(self._settings())
-        if topic in (None, "all"):
-            before = [textwrap.fill(" ".join((self.description or "").split()), width())]
         if topic is None:
-            settings = self.in_brief(settings)
-            after = [(self.epilog or "").strip("\n")]
-        elif topic != "all":
-            settings = [setting for setting in settings if topic in setting.name]
-            if not settings:
-                raise InputError(f"no setting has {topic!r} in its name")
-        groups = groupby(settings, key=lambda setting: setting.group)
-        sections = ["\n".join([f"{title}:", *map(entry, group)]) for title, group in groups]
-        return "\n\n".join(filter(None, before + sections + after)) + "\n"
+            return page(self.brief(), self.description, self.epilog)
+        if topic == "all":
+            return page(list(self._settings()), self.description)
+        settings = [setting for setting in self._settings() if topic in setting.name]
+        if not settings:
+            raise InputError(f"no setting has {topic!r} in its name")
+        return page(settings)
+
+    def brief(self) -> list[Setting]:
+        """The settings that ``--help`` shows."""
+        return list(self._settings())
 
     def _settings(self) -> Iterator[Setting]:
         for group in self._action_groups:
@@ -86,6 +80,14 @@ class Parser(ArgumentParser):
     def _class_of(self, action: argparse.Action) -> type | None:
         default = action.default.get("class_path", "") if hasattr(action.default, "get") else ""
         return class_of(default, None) if default.startswith("ditlit.") else self.classes.get(action.dest)
+
+
+def page(settings: list[Setting], description: str | None = None, epilog: str | None = None) -> str:
+    """Settings as help shows them, by their groups, with what is said before and after."""
+    groups = groupby(settings, key=lambda setting: setting.group)
+    sections = ["\n".join([f"{title}:", *map(entry, group)]) for title, group in groups]
+    before = textwrap.fill(" ".join((description or "").split()), width())
+    return "\n\n".join(filter(None, [before, *sections, (epilog or "").strip("\n")])) + "\n"
 
 
 def is_setting(parser: ArgumentParser, action: argparse.Action) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from ditlit.benchmarking import batch_size, sampling, training
 from ditlit.benchmarking import benchmark as benchmarking
 from ditlit.benchmarking.batch_size import accumulation, largest_batch
-from ditlit.benchmarking.benchmark import Benchmark, Settings
+from ditlit.benchmarking.benchmark import Benchmark
 from ditlit.benchmarking.ceiling import Products
 from ditlit.benchmarking.cli import BenchmarkCLI
 from ditlit.benchmarking.contenders import DiffusersDiT, DiffusersTraining, check_comparable
@@ -29,6 +29,7 @@ from ditlit.data import DigitsDataModule, LatentDataModule
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.errors import InputError
 from ditlit.models import DiT, compiling, macs
+from ditlit.settings.benchmark import BenchmarkSettings
 
 FAST = ("--config", "digits.yaml", "--trainer.accelerator", "cpu", "--warmup", "2", "--repeats", "3",
         "--data.global_batch_size", "8", "--model.denoiser.depth", "1", "--compare", "none", "--gpus", "")  # fmt: skip
@@ -180,7 +181,7 @@ def test_the_largest_batch_is_one_that_the_trainer_can_train(make_build, monkeyp
     build = make_build(data=dict(global_batch_size=24), trainer=TRAINER | {"accumulate_grad_batches": 3})
     original = type(build().module).training_step
     monkeypatch.setattr(type(build().module), "training_step", training_step)
-    bench = Benchmark(build, Settings())
+    bench = Benchmark(build, BenchmarkSettings())
     found = bench.find_batch_size()
     assert (found.samples, found.accumulate) == (11, 3)
     assert sizes.count(11) == 6, "two optimizer steps of three micro-batches"
@@ -485,7 +486,7 @@ def test_a_plan_measures_checkpointing_and_compiling_whatever_the_configuration_
         subject.module.denoiser = DiT(**(denoiser.config | {"gradient_checkpointing": True}))
         return subject
 
-    bench = Benchmark(build, Settings(plan="1k steps, 2 GPUs"))
+    bench = Benchmark(build, BenchmarkSettings(plan="1k steps, 2 GPUs"))
     found = measure_training(bench.subject, 2, 1, {})
     monkeypatch.setattr(benchmarking, "measure_training", measure)
     rows = {name: bench.variant(name, found) for name in benchmarking.VARIANTS}
@@ -497,7 +498,7 @@ def test_too_large_a_batch_says_what_to_do(make_build, monkeypatch):
     build = make_build(trainer=TRAINER | {"accumulate_grad_batches": 2})
     monkeypatch.setattr(type(build().module), "training_step", lambda *args: limited(3)(4))
     with pytest.raises(InputError, match="out of memory with 4 samples at once: raise --trainer"):
-        Benchmark(build, Settings(plan="1 step, 1 GPU")).run()
+        Benchmark(build, BenchmarkSettings(plan="1 step, 1 GPU")).run()
 
 
 class Plain(nn.Module):
@@ -516,7 +517,7 @@ class Plain(nn.Module):
 def test_other_denoisers_are_timed_and_not_counted(make_build, monkeypatch):
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     build = make_build(denoiser=Plain())
-    report = Benchmark(build, Settings(warmup=2, repeats=2, compare="none", plan="1 step, 1 GPU")).run()
+    report = Benchmark(build, BenchmarkSettings(warmup=2, repeats=2, compare="none", plan="1 step, 1 GPU")).run()
     assert report.subject.macs is report.ceiling.measured is report.training["ditlit"].of_ceiling is None
     assert report.training["ditlit"].images_per_second > 0 and not report.sampling
     assert report.plan_rows[1].why == "this denoiser has no gradient_checkpointing"
@@ -527,15 +528,15 @@ def test_other_denoisers_are_timed_and_not_counted(make_build, monkeypatch):
     report.largest_batch = LargestBatch(11, None)
     assert "No number of accumulated batches makes global_batch_size 8 fit 1 GPU." in as_text(report)
     with pytest.raises(InputError, match="--compare diffusers needs a DiT"):
-        Benchmark(build, Settings(compare="diffusers"))
+        Benchmark(build, BenchmarkSettings(compare="diffusers"))
 
 
 def test_the_store_must_fit_the_model_as_in_fit(make_build, store):
     with pytest.raises(InputError, match="exceeds the 30 training samples"):
-        Benchmark(make_build(data=dict(val_size=10, global_batch_size=32)), Settings()).run()
+        Benchmark(make_build(data=dict(val_size=10, global_batch_size=32)), BenchmarkSettings()).run()
     wrong = DiT(input_size=8, in_channels=4, num_classes=5, patch_size=4, hidden_size=16, depth=1, num_heads=2)
     with pytest.raises(InputError, match=r"--model\.denoiser\.in_channels 3"):
-        Benchmark(make_build(denoiser=wrong), Settings()).run()
+        Benchmark(make_build(denoiser=wrong), BenchmarkSettings()).run()
 
 
 @pytest.mark.parametrize(
@@ -571,7 +572,7 @@ def test_a_report_that_cannot_be_written_is_shown(run, monkeypatch, capsys):
 def test_one_process_measures(make_build, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with pytest.raises(InputError, match="run it without torchrun"):
-        Benchmark(make_build(), Settings())
+        Benchmark(make_build(), BenchmarkSettings())
 
 
 def test_alone_it_answers_everything(monkeypatch, tmp_path, capsys):
@@ -606,7 +607,7 @@ def test_a_batch_that_does_not_fit_at_once_is_measured_in_parts(make_build, monk
         return original(subject, *rest)
 
     monkeypatch.setattr(benchmarking, "measure_training", measure)
-    settings = Settings(warmup=2, repeats=1, compare="none", gpus="1,2,4")
+    settings = BenchmarkSettings(warmup=2, repeats=1, compare="none", gpus="1,2,4")
     report = Benchmark(make_build(trainer=TRAINER | {"max_steps": 100}), settings).run()
     assert tried == [(8, 8), (8, 4), (8, 2), (4, 2), (2, 2)]
     assert report.subject.accumulate == 4 and [row.setting for row in report.run_rows] == ["1 GPU", "2 GPUs", "4 GPUs"]
@@ -622,7 +623,7 @@ def runs_out():
 def test_the_numbers_of_gpus_are_numbers():
     for text in ("8 GPUs", "0", "-1"):
         with pytest.raises(InputError, match="--gpus takes numbers separated by commas"):
-            Settings(gpus=text)
+            BenchmarkSettings(gpus=text)
 
 
 def test_contenders_that_are_not_known_are_refused(run):

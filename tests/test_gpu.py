@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ditlit import analysis
 from ditlit.benchmarking import benchmark
-from ditlit.benchmarking.benchmark import Benchmark, Settings
+from ditlit.benchmarking.benchmark import Benchmark
 from ditlit.benchmarking.table import as_text
 from ditlit.benchmarking.training import Subject
 from ditlit.callbacks import ActivationMaxima, DigitsReport, SampleGrid, SampleMetrics, TrainingMonitor
@@ -25,6 +25,7 @@ from ditlit.data import DigitsDataModule, LatentDataModule, write_store
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.images.vae import Autoencoder
 from ditlit.models import DiT
+from ditlit.settings.benchmark import BenchmarkSettings
 from ditlit.training import EMA, DiTModule
 
 K = 5
@@ -270,7 +271,7 @@ def test_benchmark(gpu, make_module, latents, tmp_path, monkeypatch):
 
     monkeypatch.delitem(benchmark.VARIANTS, "compile")  # which takes long
     for store in (latents, str(tmp_path / "nowhere")):
-        settings = Settings(warmup=2, repeats=1, compare="diffusers", plan="10 steps, 2 GPUs")
+        settings = BenchmarkSettings(warmup=2, repeats=1, compare="diffusers", plan="10 steps, 2 GPUs")
         report = Benchmark(lambda store=store: build(store), settings).run()
         assert report.machine.device == torch.cuda.get_device_name(gpu) in as_text(report)
 
@@ -281,7 +282,7 @@ def test_the_largest_batch(gpu, make_module, tmp_path, monkeypatch):
         return Subject(make_module(), LatentDataModule(str(tmp_path / "nowhere"), global_batch_size=8), trainer)
 
     monkeypatch.setattr(benchmark, "largest_batch", lambda step: step(8) or 8)
-    assert Benchmark(build, Settings(find_batch_size=True)).find_batch_size().samples == 8
+    assert Benchmark(build, BenchmarkSettings(find_batch_size=True)).find_batch_size().samples == 8
 
 
 def test_analysis(gpu, saved, latents):

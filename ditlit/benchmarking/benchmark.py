@@ -31,10 +31,11 @@ from ditlit.callbacks.peaks import product_dtype
 from ditlit.checkpoints.contents import variant_name
 from ditlit.data.folders import is_remote
 from ditlit.data.manifest import MANIFEST
-from ditlit.errors import InputError, check_positive, counted
+from ditlit.errors import InputError, counted
 from ditlit.models import DiT, macs, num_parameters
 from ditlit.parallel.fsdp2 import PRECISIONS
 from ditlit.resilience.memory import ran_out
+from ditlit.settings.benchmark import BenchmarkSettings
 from ditlit.training import DiTModule
 
 Build = Callable[[], Subject]
@@ -44,42 +45,6 @@ STEPS = 100_000  # of a run whose configuration gives no number
 CHECKPOINTING = "gradient_checkpointing"  # a keyword of denoisers
 # Settings of a plan: whether blocks are recomputed, and whether they are compiled.
 VARIANTS = {"plain": (False, False), "checkpointing": (True, False), "compile": (False, True)}
-
-
-@dataclass
-class Settings:
-    """What is measured of a configuration.
-
-    Args:
-        warmup: steps before those that count, 2 at least.
-        repeats: steps that count.
-        compare: also measure diffusers' DiT of equal depth and width, taking turns with ours; auto where it has one.
-        find_batch_size: also find the most samples that fit the GPU at once. The configuration keeps its batch.
-        plan: also work out a run such as "400k steps, 8 GPUs": hours, GPU-hours and memory with and without
-            checkpointing, compiling and FSDP. Steps are measured with one GPU's share of the batch.
-        gpus: without a plan, so many GPUs like this one of which to say what the whole run takes, separated by commas.
-            Each share of the batch is measured, in parts where it does not fit at once.
-        out: file for the results, by default benchmark.json in trainer.default_root_dir. It is written over.
-    """
-
-    warmup: int = 3
-    repeats: int = 10
-    compare: Literal["auto", "diffusers", "none"] = "auto"
-    find_batch_size: bool = False
-    plan: str | None = None
-    gpus: str = "1,8,64"
-    out: str | None = None
-
-    def __post_init__(self):
-        if self.warmup < 2:
-            raise InputError(f"--warmup is 2 at least, since the first step still makes room, got {self.warmup}")
-        check_positive(repeats=self.repeats)
-        if not all(word.isdecimal() and int(word) for word in self.counts):
-            raise InputError(f"--gpus takes numbers separated by commas, such as 1,8,64, got {self.gpus!r}")
-
-    @property
-    def counts(self) -> list[str]:
-        return [word.strip() for word in self.gpus.split(",") if word.strip()]
 
 
 class Benchmark:
@@ -94,7 +59,7 @@ class Benchmark:
         InputError: for settings that do not fit each other or the configuration.
     """
 
-    def __init__(self, build: Build, settings: Settings, matmul_precision: str = "highest"):
+    def __init__(self, build: Build, settings: BenchmarkSettings, matmul_precision: str = "highest"):
         if "TORCHELASTIC_RUN_ID" in os.environ:
             raise InputError("benchmark measures one device, and works the others out: run it without torchrun")
         self.build = build

@@ -7,17 +7,14 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from ditlit.benchmarking.benchmark import Benchmark, Settings
+from ditlit.benchmarking.benchmark import Benchmark
 from ditlit.benchmarking.table import as_text
 from ditlit.benchmarking.training import Subject
-from ditlit.cli import DitlitCLI, help_texts
+from ditlit.cli import DitlitCLI
 from ditlit.data.folders import SHOWN, check_output, write_atomically, writing
+from ditlit.run_help import texts
+from ditlit.settings.benchmark import BenchmarkSettings
 
-DESCRIPTION = """Measure what a configuration costs, before training it. Example: ditlit benchmark --config xl2.yaml.
-    Steps are those of fit on one device, with every setting that fit takes, but for callbacks, loggers, validation and
-    checkpoints. Without the store, synthetic latents take its place. Images per second, utilisation (of the datasheet,
-    and of matrix products measured in the same run), memory, diffusers' DiT beside it, and what the whole run takes on
-    so many GPUs are printed, and written as JSON."""
 RESULTS = "benchmark.json"
 
 
@@ -25,12 +22,12 @@ class BenchmarkCLI(DitlitCLI):
     """Reads a configuration of ``fit`` and measures its steps."""
 
     def __init__(self, args: list[str]):
-        parser = {"prog": "ditlit benchmark"} | help_texts(DESCRIPTION)
+        parser = {"prog": "ditlit benchmark"} | texts("benchmark")
         super().__init__(args, run=False, save_config_callback=None, parser_kwargs=parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_class_arguments(Settings)
+        parser.add_class_arguments(BenchmarkSettings)
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
@@ -51,7 +48,7 @@ class BenchmarkCLI(DitlitCLI):
 
     def benchmark(self) -> None:
         """Measure, print the table, and write the results."""
-        settings = Settings(**{field.name: self.config[field.name] for field in fields(Settings)})
+        settings = BenchmarkSettings(**{field.name: self.config[field.name] for field in fields(BenchmarkSettings)})
         out = Path(settings.out or f"{self.config.trainer.default_root_dir}/{RESULTS}")
         check_output(out, "--out")
         report = Benchmark(self.build, settings, self.config.matmul_precision).run()

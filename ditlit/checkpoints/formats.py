@@ -1,6 +1,7 @@
 """The formats of weights: how each is recognised, and what reads it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from ditlit.checkpoints.diffusers_folders import read_pipeline, read_transformer
 from ditlit.checkpoints.safetensors_files import tensors_and_entry
 from ditlit.checkpoints.torch_files import from_bare, from_training, from_training_form, plain_data
 from ditlit.errors import InputError
-from ditlit.settings import Reading
+from ditlit.settings import Reading, renamed
 
 
 class Opened(NamedTuple):
@@ -98,5 +99,6 @@ def read_path(path: Path, weights: Which, reading: Reading) -> CheckpointContent
     source = opened(path)
     for format in FORMATS:
         if format.recognises(source):
-            return format.read(source, weights, reading)
+            contents = format.read(source, weights, reading)
+            return replace(contents, denoiser=renamed.in_denoiser(contents.denoiser))
     raise InputError(f"{path} is not a checkpoint: it holds a {type(source.content).__name__}")

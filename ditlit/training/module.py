@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from ditlit import checkpoints
 from ditlit.checkpoints import describe
 from ditlit.checkpoints.contents import class_of
 from ditlit.checkpoints.sizes import HEADS
+from ditlit.checkpoints.torch_files import plain_data
 from ditlit.data.manifest import Manifest
 from ditlit.data.store import per_channel
 from ditlit.diffusion import GaussianDiffusion, Sampling, draw_samples
@@ -37,6 +40,7 @@ from ditlit.resilience.resuming import (
     optimizer_settings,
     take_settings,
 )
+from ditlit.settings import renamed
 from ditlit.training.ema import EMA
 from ditlit.training.randomness import StepRandomness
 
@@ -346,6 +350,17 @@ class DiTModule(LightningModule):
         if manifest is not None:
             names = ("kind", "image_size", "preprocessing", "vae", "class_names")
             checkpoint["latents"] |= {name: getattr(manifest, name) for name in names}
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "DiTModule":
+        """Lightning's, for checkpoints too whose settings have names from before."""
+        if isinstance(checkpoint_path, (str, Path)) and Path(checkpoint_path).is_file():
+            checkpoint = plain_data(checkpoint_path)
+            settings = {"model": checkpoint.get("hyper_parameters")}
+            if (new := renamed.in_settings(settings)) != settings:
+                torch.save(checkpoint | {"hyper_parameters": new["model"]}, checkpoint_path := BytesIO())
+                checkpoint_path.seek(0)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._trainer is not None and "loops" in checkpoint:
