@@ -11,12 +11,14 @@ import pytest
 import torch
 import yaml
 
+from ditlit import run_help
 from ditlit.__main__ import command_parser, joined, let_idle_threads_sleep, main
 from ditlit.benchmarking.cli import BenchmarkCLI
-from ditlit.cli import DitlitCLI, find_config, with_found_configs
+from ditlit.cli import DitlitCLI
 from ditlit.commands import COMMANDS
 from ditlit.errors import InputError
 from ditlit.mistakes import unknown_setting
+from ditlit.settings.configs import find_config, with_found_configs
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -159,11 +161,33 @@ def test_help_is_what_one_can_read(monkeypatch, capsys):
     ):  # fmt: skip
         assert f"\n  --{name}" in text
     assert "probability of replacing a label by the null class, for classifier-free guidance." in text
-    assert "(float, default: 0.1)" in text and "(linear | cosine, default: linear)" in text
+    plain = " ".join(text.split())
+    assert "(float, default: 0.1)" in plain and "(linear | cosine, default: linear)" in plain
     assert text.index("\n  --model.class_") < text.index("\n  --data.store") < text.index("\n  --trainer.max_steps")
     for absent in ("barebones", "subclasses", "torch.nn.", "BatchSizeFinder", "usage:", "SUPPRESS", "model.seed"):
         assert absent not in text
     assert "--help all" in text and "digits.yaml" in text
+
+
+@pytest.mark.parametrize("command", run_help.DESCRIPTIONS)
+def test_help_that_is_kept_is_what_the_parsers_say(monkeypatch, capsys, command):
+    """Without torch where the code is what it was made from; from the parsers themselves where it is not."""
+    without = "import sys; sys.modules['torch'] = None; from ditlit.__main__ import main; main()"
+    run = subprocess.run([sys.executable, "-c", without, command, "--help"], capture_output=True, text=True,
+                         env=os.environ | {"COLUMNS": "120"})  # fmt: skip
+    monkeypatch.setattr(run_help, "made_from", lambda: "other code")
+    expected = help_of(monkeypatch, capsys, command, "--help")
+    assert run.returncode == 0, f"{run.stderr}\nIf settings have changed: python tests/keep_help.py"
+    assert run.stdout == expected, "settings have changed: python tests/keep_help.py"
+
+
+def test_files_are_read_before_torch_is(tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1")
+    for config, said in (("nowhere.yaml", "there is no configuration 'nowhere.yaml'"), ("list.yaml", "no settings")):
+        without = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = ['fit', '--config', {config!r}]"
+        script = f"{without}; from ditlit.__main__ import main; main()"
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+        assert run.returncode == 2 and said in run.stderr
 
 
 def test_help_finds_settings_by_a_word_and_shows_all(monkeypatch, capsys):
@@ -191,10 +215,9 @@ def test_help_of_commands(monkeypatch, capsys, command):
     assert all(f"--{action.dest}" in text for action in settings if "print" not in action.dest)
 
 
-def test_print_config(tmp_path):
-    result = ditlit("fit", "--config", "xl2.yaml", "--print_config", cwd=tmp_path)
-    assert result.returncode == 0
-    printed = yaml.safe_load(result.stdout)
+def test_print_config(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    printed = yaml.safe_load(help_of(monkeypatch, capsys, "fit", "--config", "xl2.yaml", "--print_config"))
     assert printed["model"]["denoiser"]["init_args"]["variant"] == "DiT-XL/2"
     assert not list(tmp_path.iterdir())
 
@@ -226,6 +249,17 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
 def test_settings_out_of_range_are_refused_before_anything_runs(cli, words, said):
     with pytest.raises(InputError, match=said):
         cli("fit", "--config", "digits.yaml", *words)
+
+
+def last_words(monkeypatch, capsys, *words):
+    """The line with which a command ends that is refused after Lightning has said something."""
+    monkeypatch.setattr(sys, "argv", ["ditlit", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert text.startswith("ditlit: error: ")
+    return text
 
 
 def said_by(monkeypatch, capsys, *words):
@@ -404,17 +438,19 @@ def test_the_command_line_sets_how_threads_wait_before_torch_reads_it():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_run_is_not_written_over(tmp_path):
+def test_a_run_is_not_written_over(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/digits/checkpoints").mkdir(parents=True)
     (tmp_path / "runs/digits/checkpoints/last.ckpt").write_bytes(b"precious")
-    result = ditlit("fit", "--config", "digits.yaml", cwd=tmp_path)
-    assert result.returncode == 2 and "holds a run already. Continue it with --ckpt_path last" in result.stderr
+    text = last_words(monkeypatch, capsys, "fit", "--config", "digits.yaml")
+    assert "holds a run already. Continue it with --ckpt_path last" in text
     assert (tmp_path / "runs/digits/checkpoints/last.ckpt").read_bytes() == b"precious"
 
 
-def test_overfitting_by_lightning_is_refused(tmp_path):
-    result = ditlit("fit", "--config", "digits.yaml", "--trainer.overfit_batches", "1", cwd=tmp_path)
-    assert result.returncode == 2 and "train on a small store instead" in result.stderr
+def test_overfitting_by_lightning_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "--config", "digits.yaml", "--trainer.overfit_batches", "1"]
+    assert "train on a small store instead" in last_words(monkeypatch, capsys, *words)
 
 
 # All that a run says on standard error, beside its progress bars.

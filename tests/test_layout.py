@@ -22,8 +22,9 @@ MAY_IMPORT = {
     "precision": set(),
     "pictures": {"errors"},
     "settings": {"errors"},
-    "mistakes": {"errors"},
+    "mistakes": {"errors", "settings"},
     "parser": {"errors", "mistakes"},
+    "run_help": {"settings", "parser"},
     "models": {"errors"},
     "diffusion": {"errors", "settings"},
     "data": {"errors", "settings"},
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "analysis": BASE | {"models", "diffusion", "data", "images", "checkpoints", "generation", "evaluation"},
     "benchmarking": BASE
     | {"models", "diffusion", "data", "checkpoints", "generation", "parallel", "resilience", "training", "callbacks"}
-    | {"cli"},
+    | {"cli", "run_help"},
     "commands": BASE
     | {"models", "diffusion", "data", "images", "checkpoints", "generation", "evaluation", "analysis", "watchdog"},
 }

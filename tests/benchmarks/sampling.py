@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 import torch
-from calls import convert
 from diffusers import AutoencoderKL, DiTPipeline
 from torch import nn
 
 from ditlit import checkpoints
 from ditlit.checkpoints.contents import CheckpointContents, describe
 from ditlit.checkpoints.safetensors_files import write_safetensors
+from ditlit.commands import call
 from ditlit.diffusion import GaussianDiffusion, Sampling
 from ditlit.generation.pipeline import WEIGHTS, SamplingPipeline
 from ditlit.images.vae import load_decoder
@@ -41,7 +41,7 @@ def make_files(variant: str, folder: Path) -> None:
         model.state_dict(), describe(model), describe(GaussianDiffusion()), latents, 0, "ema", "ours"
     )
     write_safetensors(contents, folder / "model.safetensors")
-    convert(str(folder / "model.safetensors"), str(folder / "pipeline"), vae=str(folder / "vae"))
+    call("convert", source=str(folder / "model.safetensors"), out=str(folder / "pipeline"), vae=str(folder / "vae"))
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from ranks import fit as fit_on_ranks
-from test_resume import assert_same
+from runs import assert_same
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, OneCycleLR, SequentialLR
 from weights import contents_of, scrambled

@@ -196,7 +196,7 @@ def test_wrong_latents_are_refused():
 
 
 def test_the_plain_model_of_the_benchmark_is_the_same_function(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     from plain_dit import PlainDiT
 
     torch.manual_seed(0)

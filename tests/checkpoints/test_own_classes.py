@@ -103,7 +103,7 @@ def test_commands_take_own_classes(trained, pixels, tmp_path, capsys):
 def test_the_command_line_trusts_by_name(trained, tmp_path):
     words = ["--ckpt", trained[2], "--out", str(tmp_path / "out"), "--num_steps", "2", "--num_samples", "2"]
     command = [sys.executable, "-m", "ditlit", "sample", *words, "--accelerator", "cpu", "--trust", "own"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 0 and len(list((tmp_path / "out" / "images").glob("*.png"))) == 2, result.stderr
 
 

@@ -19,7 +19,7 @@ from ditlit.evaluation.extractors import INCEPTION_FILE, flat_spatial
 from ditlit.evaluation.statistics import statistics_of
 from ditlit.images.decoding import preprocess
 
-SHARED = Path(os.environ.get("DITLIT_SHARED") or Path(__file__).parents[2] / "shared")
+SHARED = Path(os.environ.get("DITLIT_SHARED") or Path(__file__).parents[3] / "shared")
 TINY = SHARED / "data" / "tiny-imagenet-50.tar"
 LITE = "ditlit.evaluation.efficientnet.EfficientNetLite0"
 

@@ -12,7 +12,7 @@ import ranks as processes
 import torch.distributed as dist
 from own import Mortal
 from PIL import Image
-from test_resume import start
+from runs import start
 
 from ditlit.watchdog import RankWatchdog
 

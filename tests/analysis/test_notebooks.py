@@ -9,10 +9,10 @@ import pytest
 import yaml
 from nbclient import NotebookClient
 
-from ditlit.cli import find_config
+from ditlit.settings.configs import find_config
 
 NAMES = ("quickstart", "checkpoint_analysis", "guidance_and_steps", "latent_space")
-FOLDER = Path(__file__).parent.parent / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 MOST_BYTES = 700_000
 # What a first cell is given here instead: little of everything.
 SMALL = {

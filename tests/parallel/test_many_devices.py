@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from PIL import Image
 from ranks import fit, run, srun, write_config
-from test_resume import assert_same
+from runs import assert_same
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from ditlit import checkpoints

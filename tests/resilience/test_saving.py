@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from test_resume import assert_same
+from runs import assert_same
 
 from ditlit.errors import InputError
 from ditlit.resilience import CheckpointFiles

@@ -101,7 +101,8 @@ def test_two_processes_and_workers_get_the_numbers_of_one(data, run, tmp_path):
     script.write_text(
         "from ditlit.commands import call\n"
         f"call('evaluate', generated={data['generated']!r}, reference={data['real']!r}, out='two.json',\n"
-        f"     extractor={COLOURS!r}, batch_size=16, num_workers=2, cache='other', accelerator='cpu', devices=2, bootstrap=5)\n"
+        f"     extractor={COLOURS!r}, batch_size=16, num_workers=2, cache='other', accelerator='cpu', devices=2,\n"
+        "     bootstrap=5)\n"
     )
     result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -120,7 +121,8 @@ def test_a_broken_image_ends_all_processes_with_one_message(data, tmp_path):
     script.write_text(
         "import sys\nfrom ditlit.commands import call\nfrom ditlit.errors import InputError\ntry:\n"
         f"    call('evaluate', generated='broken', reference={data['real']!r}, extractor={COLOURS!r},\n"
-        "         batch_size=16, cache='c', accelerator='cpu', devices=2)\nexcept InputError as error:\n    sys.exit(f'refused: {error}')\n"
+        "         batch_size=16, cache='c', accelerator='cpu', devices=2)\n"
+        "except InputError as error:\n    sys.exit(f'refused: {error}')\n"
     )
     result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0

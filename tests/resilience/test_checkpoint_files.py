@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_resume import assert_same
+from runs import assert_same
 
 from ditlit.errors import InputError
 from ditlit.resilience import CheckpointFiles

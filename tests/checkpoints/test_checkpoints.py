@@ -23,7 +23,7 @@ from ditlit.models import DiT
 from ditlit.models.embeddings import sincos_positions
 from ditlit.training import DiTModule
 
-REFERENCE = Path(__file__).parent / "dit_reference.safetensors"
+REFERENCE = Path(__file__).parents[1] / "models" / "dit_reference.safetensors"
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ditlit.images.vae import load_vae, weights_hash
 from ditlit.models import DiT
 from ditlit.training import DiTModule
 
-SHARED = Path(os.environ.get("DITLIT_SHARED") or Path(__file__).parents[2] / "shared")
+SHARED = Path(os.environ.get("DITLIT_SHARED") or Path(__file__).parents[3] / "shared")
 IMAGES, VAE = SHARED / "data" / "imagenet-sample.tar", SHARED / "vae" / "taesd"
 
 
