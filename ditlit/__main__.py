@@ -95,7 +95,7 @@ def run(words: list[str]) -> None:
     """One of Lightning's commands or the benchmark; what can be told without torch is told before it is imported."""
     if words[0] in DESCRIPTIONS and words[1:] in (["--help"], ["-h"]) and (text := kept_help(words[0])) is not None:
         print(text)
-        return
+        raise SystemExit
     with_found_configs(words)
     if words[0] == "benchmark":
         from ditlit.benchmarking.cli import BenchmarkCLI

@@ -48,6 +48,7 @@ TRAINER = (
 LIGHTNING = ("seed_everything", "ckpt_path")
 LEFT_OUT = ("data", "print_config", "weights_only")
 
+
 def mistake_in(error: ValueError) -> InputError:
     """What a class says of its arguments, without what jsonargparse says around it of the setting's other types."""
     text = str(error)

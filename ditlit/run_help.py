@@ -2,15 +2,13 @@
 
 What the parsers have found out of the signatures is kept in a file beside this one. It is used while the code that
 declares the settings is what it was made from, and Lightning is of the same release; else the parsers are asked. After
-a change, ``python -m ditlit.run_help`` makes it anew.
+a change, ``python tests/keep_help.py`` makes it anew.
 """
 
 import hashlib
 import json
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from ditlit.parser import Setting, page
 from ditlit.settings.configs import shipped_configs
@@ -66,44 +64,3 @@ def made_from() -> str:
     """A checksum of the code that declares the settings, and the release of Lightning."""
     code = b"".join((Path(__file__).parent / name).read_bytes() for name in DECLARED_IN)
     return f"{hashlib.sha256(code).hexdigest()} lightning {'.'.join(version('lightning').split('.')[:2])}"
-
-
-def collected() -> dict[str, Any]:
-    """What is kept, from the parsers."""
-    from ditlit.benchmarking.cli import BenchmarkCLI
-    from ditlit.cli import DitlitCLI
-
-    shown = {command: parser.brief() for cli in (DitlitCLI, BenchmarkCLI) for command, parser in parsers(cli).items()}
-    settings = list(dict.fromkeys(setting for found in shown.values() for setting in found))
-    places = {setting: place for place, setting in enumerate(settings)}
-    commands = {command: [places[setting] for setting in found] for command, found in shown.items()}
-    return {"made from": made_from(), "commands": commands, "settings": settings}
-
-
-def parsers(cli: type) -> dict[str, Any]:
-    """The parsers of a command line by their commands."""
-    found = {}
-
-    class Collected(Exception):
-        pass
-
-    class Collecting(cli):
-        def parse_arguments(self, parser: Any, args: Any) -> None:
-            found.update(getattr(self, "_subcommand_parsers", None) or {"benchmark": parser})
-            raise Collected
-
-    with suppress(Collected):
-        Collecting([])
-    return found
-
-
-def as_text(kept: dict[str, Any]) -> str:
-    """JSON with a line for each command and each setting."""
-    commands = ",\n  ".join(f"{json.dumps(command)}: {json.dumps(found)}" for command, found in kept["commands"].items())
-    settings = ",\n  ".join(json.dumps(setting) for setting in kept["settings"])
-    made = json.dumps(kept["made from"])
-    return f'{{"made from": {made},\n "commands": {{\n  {commands}}},\n "settings": [\n  {settings}]}}\n'
-
-
-if __name__ == "__main__":
-    KEPT.write_text(as_text(collected()))

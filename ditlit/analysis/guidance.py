@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ditlit.diffusion import GaussianDiffusion
+from ditlit.diffusion import Process
 from ditlit.diffusion.gaussian import split_variance
 from ditlit.diffusion.process import Denoiser
 
@@ -24,7 +24,7 @@ class LabelEffect(NamedTuple):
 
 @torch.no_grad()
 def label_effect(
-    denoiser: Denoiser, process: GaussianDiffusion, x0: Tensor, y: Tensor, timesteps: Tensor, noise: Tensor
+    denoiser: Denoiser, process: Process, x0: Tensor, y: Tensor, timesteps: Tensor, noise: Tensor
 ) -> LabelEffect:
     """The label's effect on samples x0 (N, C, H, W) with labels y (N,) and noise like x0, at timesteps (M,)."""
     null = torch.full_like(y, denoiser.num_classes)

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ditlit.diffusion import GaussianDiffusion
+from ditlit.diffusion import Process
 from ditlit.diffusion.process import Denoiser
 
 
 @torch.no_grad()
 def losses_at_scales(
     denoiser: Denoiser,
-    process: GaussianDiffusion,
+    process: Process,
     x0: Tensor,
     y: Tensor,
     factors: Sequence[float],
@@ -42,7 +42,7 @@ def losses_at_scales(
 @torch.no_grad()
 def predictions_at_scales(
     denoiser: Denoiser,
-    process: GaussianDiffusion,
+    process: Process,
     x0: Tensor,
     y: Tensor,
     factors: Sequence[float],

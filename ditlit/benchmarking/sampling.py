@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ditlit.benchmarking.gauges import Moment, PeakMemory, Spread, free, mark, seconds_between
-from ditlit.diffusion import GaussianDiffusion, Sampling, draw_samples
+from ditlit.diffusion import Process, Sampling, draw_samples
 from ditlit.generation.pipeline import WEIGHTS, Precision, SamplingPipeline, matmul_precision
 from ditlit.resilience.memory import num_bytes
 
@@ -37,7 +37,7 @@ class Enough(Exception):
 
 def measure_sampling(
     denoisers: Mapping[str, nn.Module],
-    process: GaussianDiffusion,
+    process: Process,
     sampling: Sampling,
     n: int,
     device: torch.device,
@@ -81,7 +81,7 @@ def measure_sampling(
 
 def prepared(
     denoiser: nn.Module,
-    process: GaussianDiffusion,
+    process: Process,
     sampling: Sampling,
     device: torch.device,
     precision: Precision,
@@ -100,7 +100,7 @@ def guided_only(sampling: Sampling) -> Sampling:
     return replace(sampling, num_steps=3, spacing="even", guidance_interval=None)
 
 
-def count_guided(process: GaussianDiffusion, sampling: Sampling) -> tuple[int, int]:
+def count_guided(process: Process, sampling: Sampling) -> tuple[int, int]:
     """How many steps are inside and outside of the guidance interval."""
     timesteps = process.timesteps(sampling.num_steps, sampling.spacing).tolist()
     low, high = sampling.guidance_interval or (min(timesteps), max(timesteps))
@@ -110,7 +110,7 @@ def count_guided(process: GaussianDiffusion, sampling: Sampling) -> tuple[int, i
 
 def step_seconds(
     denoiser: nn.Module,
-    process: GaussianDiffusion,
+    process: Process,
     sampling: Sampling,
     n: int,
     device: torch.device,

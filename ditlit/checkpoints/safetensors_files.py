@@ -15,11 +15,6 @@ from ditlit.errors import InputError
 ENTRY = "ditlit"  # of the metadata: JSON
 
 
-def from_safetensors(state: dict[str, Tensor], about: dict[str, Any]) -> CheckpointContents:
-    """Contents of a file of ours: its tensors, and its entry in the metadata."""
-    return CheckpointContents(state=state, format="ditlit safetensors", **about)
-
-
 def write_safetensors(contents: CheckpointContents, path: Path) -> None:
     """Write weights under our names, with everything else of the contents as JSON in the metadata."""
     save(contents.state, contents.about(), path)

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ditlit.diffusion.process import Denoiser, Prediction
+from ditlit.diffusion.process import Denoiser, Prediction, Process
 from ditlit.errors import InputError
 
 
@@ -31,7 +31,7 @@ def cosine_betas(num_timesteps: int) -> Tensor:
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 
-class GaussianDiffusion:
+class GaussianDiffusion(Process):
     """The diffusion process of DiT: noise prediction with T discrete timesteps.
 
     Args:
@@ -75,10 +75,6 @@ class GaussianDiffusion:
 
     # Time --------------------------------------------------------------------------------------------------------
 
-    def sample_timesteps(self, n: int, generator: torch.Generator | None = None, device=None) -> Tensor:
-        """Draw n training timesteps, uniformly."""
-        return torch.randint(self.num_timesteps, (n,), generator=generator, device=device)
-
     def timesteps(self, num_steps: int, spacing: Literal["even", "ddim"] = "even") -> Tensor:
         """The decreasing timesteps (num_steps,) that a sampler visits.
 
@@ -112,15 +108,9 @@ class GaussianDiffusion:
             self._cumprod = self._cumprod.to(t.device)  # once: schedules move to the device that first asks
         return self._cumprod[t + 1][:, None, None, None]  # (N, 1, 1, 1) float64
 
-    # The forward process and the denoiser's answer -----------------------------------------------------------------
-
-    def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t = alpha_t x0 + sigma_t noise."""
-        alpha, sigma = self.scales(t)
-        return alpha * x0 + sigma * noise
+    # The denoiser's answer, and a step back ------------------------------------------------------------------------
 
     def predict(self, model: Denoiser, x_t: Tensor, t: Tensor, y: Tensor) -> Prediction:
-        """Ask the denoiser for noise, clean latents and variance at x_t, for sampling."""
         eps, variance = split_variance(model(x_t, t, y), x_t.shape[1])
         alpha, sigma = self.scales(t)
         x0 = (x_t - sigma * eps) / alpha

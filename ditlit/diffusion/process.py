@@ -1,7 +1,8 @@
 """What a denoiser and a diffusion process are to samplers, training and analysis."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,11 +27,57 @@ class Prediction(NamedTuple):
     variance: Tensor | None
 
 
-class Process(Protocol):
-    """What the samplers ask of a diffusion process."""
+class Process(ABC):
+    """A diffusion process: what samplers, training and analysis ask of it. One of your own derives from this class.
 
-    def timesteps(self, num_steps: int, spacing: str = "even") -> Tensor: ...
-    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
-    def predict(self, model: Denoiser, x_t: Tensor, t: Tensor, y: Tensor) -> Prediction: ...
-    def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor: ...
-    def log_variance(self, variance: Tensor | None, t: Tensor, s: Tensor) -> Tensor: ...
+    Attributes:
+        num_timesteps: number T of timesteps, from 0 (almost clean) to T-1 (almost noise).
+        config: the keywords that it was built with, from which a checkpoint rebuilds it.
+    """
+
+    num_timesteps: int
+    config: dict[str, Any]
+
+    def sample_timesteps(self, n: int, generator: torch.Generator | None = None, device=None) -> Tensor:
+        """Draw n training timesteps, uniformly."""
+        return torch.randint(self.num_timesteps, (n,), generator=generator, device=device)
+
+    @abstractmethod
+    def timesteps(self, num_steps: int, spacing: str = "even") -> Tensor:
+        """The decreasing timesteps (num_steps,) that a sampler visits."""
+
+    @abstractmethod
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) of timesteps t (N,), each (N, 1, 1, 1) in float32; t = -1 is clean data: (1, 0)."""
+
+    def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = alpha_t x0 + sigma_t noise."""
+        alpha, sigma = self.scales(t)
+        return alpha * x0 + sigma * noise
+
+    @abstractmethod
+    def predict(self, model: Denoiser, x_t: Tensor, t: Tensor, y: Tensor) -> Prediction:
+        """Ask the denoiser for noise, clean latents and variance at x_t, for sampling."""
+
+    @abstractmethod
+    def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Mean of q(x_s | x_t, x0) for s < t, which ancestral sampling asks for."""
+
+    @abstractmethod
+    def log_variance(self, variance: Tensor | None, t: Tensor, s: Tensor) -> Tensor:
+        """Log-variance (N or N, C, H, W) of an ancestral step from t to s, where the denoiser predicts ``variance``."""
+
+    @abstractmethod
+    def loss(
+        self,
+        model: Denoiser,
+        x0: Tensor,
+        y: Tensor,
+        generator: torch.Generator | None = None,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Per-sample terms (N,) of the training loss, ``loss`` among them; all are logged by their names.
+
+        ``t`` (N,) and ``noise`` (like x0) are drawn from ``generator`` unless given.
+        """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ditlit.data.store import per_channel
-from ditlit.diffusion import GaussianDiffusion, Sampling, draw_samples
+from ditlit.diffusion import Process, Sampling, draw_samples
 from ditlit.diffusion.process import StepCallback
 from ditlit.diffusion.sampling import check_finite
 from ditlit.errors import InputError
@@ -64,7 +64,7 @@ class SamplingPipeline:
     """
 
     denoiser: nn.Module
-    process: GaussianDiffusion
+    process: Process
     latents: dict[str, Any]
     sampling: Sampling
     seed: int

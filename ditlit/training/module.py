@@ -24,7 +24,7 @@ from ditlit.data.manifest import Manifest
 from ditlit.data.store import per_channel
 from ditlit.diffusion import GaussianDiffusion, Sampling, draw_samples
 from ditlit.diffusion.noise import mix, normal, sample_generators
-from ditlit.diffusion.process import StepCallback
+from ditlit.diffusion.process import Process, StepCallback
 from ditlit.diffusion.sampling import check_finite
 from ditlit.errors import InputError, check_positive, counted
 from ditlit.models.compiling import compile_blocks
@@ -73,7 +73,7 @@ class DiTModule(LightningModule):
     def __init__(
         self,
         denoiser: nn.Module,
-        process: GaussianDiffusion = lazy_instance(GaussianDiffusion),
+        process: Process = lazy_instance(GaussianDiffusion),
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         ema: EMA | None = lazy_instance(EMA),
