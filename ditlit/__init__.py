@@ -10,6 +10,7 @@ EXPORTS = {
     "load": "generation.model",
     "DiT": "models",
     "GaussianDiffusion": "diffusion",
+    "RectifiedFlow": "diffusion",
     "Sampling": "settings",
     "DiTModule": "training",
     "EMA": "training",

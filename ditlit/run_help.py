@@ -7,6 +7,7 @@ a change, ``python tests/keep_help.py`` makes it anew.
 
 import hashlib
 import json
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +32,8 @@ DESCRIPTIONS = {
 }
 MORE = """
 --config FILE is needed, one of yours or a shipped one; several are read in turn, and settings on the command
-line change what they say. Shipped: {shipped}.
+line change what they say. Shipped:
+{shipped}.
 
   --help WORD                  settings with this word in their name: --help trainer, --help guidance
   --help all                   all settings
@@ -49,7 +51,7 @@ DECLARED_IN = (
 def texts(command: str) -> dict[str, str]:
     """What a command's help says before and after the settings: arguments of its parser."""
     description = " ".join(DESCRIPTIONS[command].split())
-    return {"description": description, "epilog": MORE.format(shipped=shipped_configs("*.yaml"))}
+    return {"description": description, "epilog": MORE.format(shipped=textwrap.fill(shipped_configs("*.yaml"), 110))}
 
 
 def kept_help(command: str) -> str | None:

@@ -19,7 +19,7 @@ class Snapshots(NamedTuple):
         clean: what the denoiser then takes the clean picture to be, bytes (S, N, C, H, W).
     """
 
-    timesteps: list[int]
+    timesteps: list[float]
     noisy: Tensor
     clean: Tensor
 

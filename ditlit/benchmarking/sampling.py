@@ -102,7 +102,7 @@ def guided_only(sampling: Sampling) -> Sampling:
 
 def count_guided(process: Process, sampling: Sampling) -> tuple[int, int]:
     """How many steps are inside and outside of the guidance interval."""
-    timesteps = process.timesteps(sampling.num_steps, sampling.spacing).tolist()
+    timesteps = process.timesteps(sampling.num_steps, sampling.spacing, sampling.shift).tolist()
     low, high = sampling.guidance_interval or (min(timesteps), max(timesteps))
     inside = sum(low <= t <= high for t in timesteps)
     return inside, len(timesteps) - inside

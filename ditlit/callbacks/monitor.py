@@ -50,7 +50,7 @@ class TrainingMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: dict[str, Any], batch: Any, batch_idx: int
     ) -> None:
-        self._add(outputs, pl_module.process.num_timesteps)
+        self._add(outputs, pl_module.process.duration)
         self._batch = len(outputs["t"]) * trainer.world_size
         self._images += self._batch
         at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -76,10 +76,10 @@ class TrainingMonitor(Callback):
         self._waited = self._wait.seconds
         self._started = time.perf_counter()
 
-    def _add(self, outputs: dict[str, Any], num_timesteps: int) -> None:
+    def _add(self, outputs: dict[str, Any], duration: float) -> None:
         terms = outputs["terms"]
         self._names = list(terms)
-        quartile = outputs["t"] * QUARTILES // num_timesteps  # (N,)
+        quartile = outputs["t"] * QUARTILES // duration  # (N,)
         in_quartile = quartile[:, None] == torch.arange(QUARTILES, device=quartile.device)  # (N, 4)
         in_quartile = in_quartile.to(terms["loss"])
         values = torch.stack(list(terms.values()))  # (terms, N)
@@ -95,11 +95,8 @@ class TrainingMonitor(Callback):
         elapsed = time.perf_counter() - self._started
         *sums, q1, q2, q3, q4, n1, n2, n3, n4 = sums
         metrics = {f"train/{name}": total / self._images for name, total in zip(self._names, sums, strict=True)}
-        T = pl_module.process.num_timesteps
-        for i, (total, n) in enumerate(((q1, n1), (q2, n2), (q3, n3), (q4, n4))):
-            if n:
-                first, last = -(-i * T // QUARTILES), -(-(i + 1) * T // QUARTILES) - 1
-                metrics[f"loss_by_timestep/{first:03d}-{last:03d}"] = total / n
+        quartiles = zip((q1, q2, q3, q4), (n1, n2, n3, n4), pl_module.process.spans(QUARTILES), strict=True)
+        metrics |= {f"loss_by_timestep/{span}": total / n for total, n, span in quartiles if n}
         rate = self._images / elapsed
         metrics |= {
             "train/grad_norm": norm,

@@ -1,5 +1,6 @@
 """What a checkpoint says, whatever its format."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ditlit.diffusion import GaussianDiffusion
+from ditlit.diffusion import GaussianDiffusion, Process
 from ditlit.errors import InputError
 from ditlit.models import VARIANTS, DiT
 
@@ -152,13 +153,13 @@ def check_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], wh
             raise InputError(f"{where} has {key!r} with shape {tuple(value.shape)}, which this model does not hold")
 
 
-def as_dit(contents: CheckpointContents, format: str) -> DiT:
+def as_dit(contents: CheckpointContents, format: str, process: type[Process] = GaussianDiffusion) -> DiT:
     """The denoiser without memory for its weights, where it is a DiT that another project's format can hold.
 
     Raises:
         InputError: for another denoiser, process or conditioning.
     """
-    for what, cls in ((contents.denoiser, DiT), (contents.process, GaussianDiffusion)):
+    for what, cls in ((contents.denoiser, DiT), (contents.process, process)):
         if what["class_path"] != f"{cls.__module__}.{cls.__qualname__}":
             raise InputError(f"{format} holds a {cls.__name__} only, not a {what['class_path']}")
     denoiser = skeleton(contents.denoiser)
@@ -179,3 +180,9 @@ def variant_name(config: dict[str, Any]) -> str:
             told = [name]
     design = config.get("conditioning", "adaln_zero")
     return ", ".join(told + ([f"conditioning {design}"] if design != "adaln_zero" else []))
+
+
+@functools.cache
+def announce(line: str) -> None:
+    """Say something once, however often a file is read."""
+    print(line, flush=True)

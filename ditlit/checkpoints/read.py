@@ -1,6 +1,5 @@
 """One way in: weights from any of the formats."""
 
-import functools
 import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from ditlit import hub
-from ditlit.checkpoints.contents import CheckpointContents, Which, build, check
+from ditlit.checkpoints.contents import CheckpointContents, Which, announce, build, check
 from ditlit.checkpoints.formats import read_path
 from ditlit.errors import InputError
 from ditlit.settings import Reading
@@ -38,13 +37,13 @@ def load(source: str | Path, weights: Literal["ema", "raw"] = "ema", **reading: 
     that ``trust`` names. Sizes are told from the shapes where no configuration comes with the weights.
 
     Released weights are taken to belong to T = 1000 linear betas and, with four channels, to the paper's latents of
-    stabilityai/sd-vae-ft-ema. SiT's weights have DiT's names and shapes but predict a velocity: train from them, do
-    not sample.
+    stabilityai/sd-vae-ft-ema. SiT's weights have DiT's names and shapes but predict a velocity: ``process`` says so.
 
     Args:
         source: file, folder or hub name.
         weights: the moving average, or the weights that the optimizer held. A source with one set gives that.
-        reading: ``num_heads``, ``input_size``, ``in_channels`` and ``trust``; see :class:`ditlit.settings.Reading`.
+        reading: ``num_heads``, ``input_size``, ``in_channels``, ``process`` and ``trust``; see
+            :class:`ditlit.settings.Reading`.
 
     Returns:
         Model and process; what is known of its latents: ``shift`` and ``scale`` of each channel and, from the store or
@@ -115,9 +114,3 @@ def last_of_run(folder: Path) -> Path | None:
         others = ", ".join(sorted(path.name for path in (folder / "checkpoints").glob("*.ckpt"))) or "it has none"
         raise InputError(f"the run {folder} has no checkpoints/{LAST}; name one of its checkpoints: {others}")
     return None
-
-
-@functools.cache
-def announce(line: str) -> None:
-    """Say something once, however often a file is read."""
-    print(line, flush=True)

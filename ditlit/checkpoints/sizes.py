@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ditlit.checkpoints.contents import CheckpointContents, Which, describe
-from ditlit.diffusion import GaussianDiffusion
+from ditlit.diffusion import GaussianDiffusion, Process
 from ditlit.errors import InputError
 from ditlit.models import VARIANTS, DiT
 from ditlit.models.embeddings import sincos_positions
@@ -19,12 +19,19 @@ PAPER_SCALE = 0.18215  # of Stable Diffusion's latents, to about unit variance
 
 
 def from_shapes(
-    state: dict[str, Tensor], reading: Reading, where: Any, weights: Which, format: str, vae: str = PAPER_VAE
+    state: dict[str, Tensor],
+    reading: Reading,
+    where: Any,
+    weights: Which,
+    format: str,
+    vae: str = PAPER_VAE,
+    process: Process | None = None,
 ) -> CheckpointContents:
     """Contents of bare weights under our names, ``state`` as :func:`rename` leaves it: with a convolution as the patch
     embedding or a linear layer, and with or without a position table.
 
-    Weights with four channels are taken to see latents of Stable Diffusion's VAE, as the paper's do, others pixels.
+    Weights with four channels are taken to see latents of Stable Diffusion's VAE, as the paper's do, others pixels; and
+    where no process is given, to belong to the paper's.
 
     Raises:
         InputError: where the shapes contradict each other or leave a size open.
@@ -41,7 +48,7 @@ def from_shapes(
     return CheckpointContents(
         state=state,
         denoiser={"class_path": f"{DiT.__module__}.{DiT.__qualname__}", "init_args": config},
-        process=describe(GaussianDiffusion()),
+        process=describe(process or GaussianDiffusion()),
         latents=assumed_latents(config, vae),
         step=0,
         weights=weights,

@@ -2,6 +2,7 @@
 
 import argparse
 import zipfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -9,15 +10,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ditlit.checkpoints.contents import CheckpointContents, Which, as_dit
+from ditlit.checkpoints.contents import CheckpointContents, Which, announce, as_dit
+from ditlit.checkpoints.flows import turned, with_empty_variance, without_variance
 from ditlit.checkpoints.foreign import unreadable
 from ditlit.checkpoints.names import RELEASED, rename, to_released, unwrapped
 from ditlit.checkpoints.sizes import PAPER_VAE, from_shapes
+from ditlit.diffusion import RectifiedFlow
 from ditlit.errors import InputError
+from ditlit.models import DiT
 from ditlit.models.embeddings import sincos_positions
 from ditlit.settings import Reading
 
 PREFIX = "denoiser."  # of the weights in a training checkpoint
+NAMES = {"sit": "SiT", "repa": "REPA"}
+PROJECTORS = "projectors."  # of REPA, to a teacher's features
 
 
 def plain_data(path: str | Path) -> Any:
@@ -73,16 +79,31 @@ def from_bare(
     foreign = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
     if foreign is not None or not state:
         raise InputError(f"{where} holds no weights of a DiT" + (f": {foreign!r} is no tensor" if state else ""))
-    format = "bare ditlit weights"
+    format, process = "bare ditlit weights", None
     if "patch_embed.weight" not in state:
         format = "released weights"
+        kind = reading.process or ("repa" if any(key.startswith(PROJECTORS) for key in state) else "ddpm")
         positions = {key: value for key, value in state.items() if key == "pos_embed"}
-        rest = {key: value for key, value in state.items() if key != "pos_embed"}
+        left_out = ("pos_embed", PROJECTORS) if kind == "repa" else ("pos_embed",)
+        rest = {key: value for key, value in state.items() if not key.startswith(left_out)}
         try:
             state = rename(rest, RELEASED, "the released DiT weights") | positions
         except InputError as error:
             raise InputError(f"{where} holds no DiT that ditlit knows: {error}") from None
-    return from_shapes(state, reading, where, weights, format, vae)
+        if kind != "ddpm":
+            format, process = f"released weights of {NAMES[kind]}", RectifiedFlow()
+            state = from_flow(state, kind, where)
+    return from_shapes(state, reading, where, weights, format, vae, process)
+
+
+def from_flow(state: dict[str, Tensor], kind: Literal["sit", "repa"], where: Any) -> dict[str, Tensor]:
+    """Weights of SiT or REPA, under our names, as those of our flow."""
+    weight = state["patch_embed.weight"]  # (D, C, p, p)
+    channels, rows = weight.shape[1], state["final.linear.weight"].shape[0]
+    if rows == 2 * channels * weight.shape[2] * weight.shape[3]:
+        announce(f"{where}: the second half of the outputs, which these models never train, is dropped")
+        state = without_variance(state, channels)
+    return turned(state) if kind == "sit" else state
 
 
 def write_training(contents: CheckpointContents, path: Path) -> None:
@@ -111,7 +132,24 @@ def write_released(contents: CheckpointContents, path: Path) -> None:
     Raises:
         InputError: for what the released format cannot hold.
     """
-    model = as_dit(contents, "the released format")
+    torch.save(released(contents, as_dit(contents, "the released format")), path)
+
+
+def write_sit(contents: CheckpointContents, path: Path) -> None:
+    """Write bare weights as SiT has them: asked with 1 - t, and with zeros for outputs that it never trains.
+
+    Raises:
+        InputError: for what that format cannot hold.
+    """
+    model = as_dit(contents, "SiT's format", RectifiedFlow)
+    if contents.process["init_args"]["prediction"] != "velocity" or model.out_channels != model.in_channels:
+        raise InputError("SiT's format holds models that predict a velocity and nothing else")
+    state = with_empty_variance(turned(contents.state), model.in_channels)
+    torch.save(released(replace(contents, state=state), model), path)
+
+
+def released(contents: CheckpointContents, model: DiT) -> dict[str, Tensor]:
+    """Weights under the released names, with the table of positions."""
     height, width = model.input_size
     if height != width:
         raise InputError(
@@ -124,4 +162,4 @@ def write_released(contents: CheckpointContents, path: Path) -> None:
             contents.state["patch_embed.weight"].dtype
         )
     state = to_released(contents.state, model.patch_size, positions)
-    torch.save({key: value.contiguous() for key, value in state.items()}, path)
+    return {key: value.contiguous() for key, value in state.items()}

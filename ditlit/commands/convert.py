@@ -13,7 +13,7 @@ from ditlit.checkpoints.contents import skeleton, variant_name
 from ditlit.checkpoints.diffusers_folders import write_transformer
 from ditlit.checkpoints.pipeline import write_pipeline
 from ditlit.checkpoints.safetensors_files import write_safetensors
-from ditlit.checkpoints.torch_files import write_released, write_training
+from ditlit.checkpoints.torch_files import write_released, write_sit, write_training
 from ditlit.data.folders import check_writable
 from ditlit.errors import InputError, counted
 from ditlit.images.vae import load_vae, weights_hash
@@ -48,6 +48,7 @@ WRITERS: dict[str, tuple[Callable[[CheckpointContents, Path], None], list[str]]]
     "ckpt": (write_training, ["no optimizer is in it: train on with fit --model.init_from, not --ckpt_path"]),
     "released": (write_released, ["weights alone: process, latents, class names and step have no place in it"]),
     "safetensors": (write_safetensors, []),
+    "sit": (write_sit, ["weights alone: latents, class names and step have no place in it"]),
 }
 
 

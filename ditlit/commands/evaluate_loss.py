@@ -53,7 +53,7 @@ def evaluate_loss(settings: LossSettings) -> None:
     rows = spread(latents.rows, settings.num_samples).repeat(settings.draws)
     losses, known = compute(loaded, raw, latents, rows, settings.batch_size, seed, device)
     reference = reference_for(describe(loaded.denoiser), describe(loaded.process))
-    edges = np.linspace(0, loaded.process.num_timesteps, settings.bins + 1)
+    edges = np.linspace(0, loaded.process.duration, settings.bins + 1)
     print(curve(losses, edges, reference))
     found = findings(losses, known, average, reference, loaded.step)
     print("\n".join(["", "What is off:", *(f"- {text}" for text in found)]) if found else "\nNothing is off.")
@@ -97,7 +97,7 @@ def compute(
     other: nn.Module | None = None if raw is None else raw.denoiser.to(device)
     shift, scale = (per_channel(loaded.latents[k], denoiser.in_channels).to(device) for k in ("shift", "scale"))
     # Timesteps follow the golden-ratio sequence, which spreads any number of them evenly.
-    t = ((torch.arange(len(rows), dtype=torch.float64) * GOLDEN_RATIO) % 1 * process.num_timesteps).long()
+    t = process.timesteps_at(torch.arange(len(rows), dtype=torch.float64) * GOLDEN_RATIO % 1)
     wrong = wrong_labels(store.labels[rows], seed, denoiser.num_classes)
     kept: dict[str, list[Tensor]] = {"right": [], "null": [], "wrong": [], "raw": []}
     sums = torch.zeros(4, dtype=torch.float64)  # of the raw latents and x0, and of their squares
@@ -128,7 +128,7 @@ def compute(
         {name: per_channel(about[name], denoiser.in_channels).flatten().tolist() for name in names}
         for about in (loaded.latents, vars(store.manifest))
     )
-    return Losses(t.numpy(), **arrays), Latents(std, raw_std, trained_on, stored)
+    return Losses(t.numpy(), **arrays, untrained=process.untrained_mse), Latents(std, raw_std, trained_on, stored)
 
 
 def wrong_labels(labels: Tensor, seed: int, num_classes: int) -> Tensor | None:
@@ -155,8 +155,9 @@ def curve(losses: Losses, edges: np.ndarray, reference: dict[str, Any] | None) -
     if reference:
         centers, theirs = (np.array(reference["edges"][:-1]) + reference["edges"][1:]) / 2, reference["mse"]
         known = np.interp((edges[:-1] + edges[1:]) / 2, centers, theirs)
+    digits = 0 if edges[-1] > 1 else 2
     for i, (mean, error) in enumerate(zip(means, errors, strict=True)):
-        line = f"{edges[i]:5.0f} to {edges[i + 1]:5.0f}  {mean:.4f}  {error:.4f}   {null[i]:.4f}"
+        line = f"{edges[i]:5.{digits}f} to {edges[i + 1]:5.{digits}f}  {mean:.4f}  {error:.4f}   {null[i]:.4f}"
         lines.append(line + ("" if known is None else f"       {known[i]:.4f}"))
     lines.append(f"all             {losses.right.mean():.4f}           {losses.null.mean():.4f}")
     if losses.raw is not None:

@@ -101,7 +101,8 @@ def description(
         "checkpoint": weights_hash(loaded.denoiser),
         "weights": loaded.weights,
         "step": loaded.step,
-        "sampling": asdict(settings.sampling),
+        # What came later is left out at its default, so that jobs from before go on.
+        "sampling": {k: v for k, v in asdict(settings.sampling).items() if (k, v) != ("shift", 1.0)},
         "seed": drawing.seed,
         "classes": classes,
         "num_samples": num_samples,

@@ -1,5 +1,6 @@
 """Diffusion mathematics: knows no model class and no Lightning."""
 
+from ditlit.diffusion.flow import RectifiedFlow
 from ditlit.diffusion.gaussian import GaussianDiffusion
 from ditlit.diffusion.guidance import ClassifierFreeGuidance
 from ditlit.diffusion.process import Denoiser, Prediction, Process
@@ -13,6 +14,7 @@ __all__ = [
     "GaussianDiffusion",
     "Prediction",
     "Process",
+    "RectifiedFlow",
     "Sampling",
     "ddim",
     "ddpm",

@@ -6,12 +6,13 @@ Notation: x_t = alpha_t x0 + sigma_t eps, with alpha_t^2 = cumprod_t = prod(1 - 
 """
 
 import math
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ditlit.diffusion.process import Denoiser, Prediction, Process
+from ditlit.diffusion.process import Denoiser, Prediction, Process, scheduler_of
 from ditlit.errors import InputError
 
 
@@ -45,6 +46,9 @@ class GaussianDiffusion(Process):
             exceed it.
     """
 
+    clean = -1
+    samplers = ("ddpm", "ddim", "dpm++", "unipc", "deis")
+
     def __init__(
         self,
         num_timesteps: int = 1000,
@@ -64,7 +68,7 @@ class GaussianDiffusion(Process):
             fixed_variance=fixed_variance,
             clip_x0=clip_x0,
         )
-        self.num_timesteps = num_timesteps
+        self.num_timesteps = self.duration = num_timesteps
         self.vlb_weight = vlb_weight
         self.fixed_variance = fixed_variance
         self.clip_x0 = clip_x0
@@ -75,7 +79,14 @@ class GaussianDiffusion(Process):
 
     # Time --------------------------------------------------------------------------------------------------------
 
-    def timesteps(self, num_steps: int, spacing: Literal["even", "ddim"] = "even") -> Tensor:
+    def sample_timesteps(self, n: int, generator: torch.Generator | None = None, device=None) -> Tensor:
+        """Draw n training timesteps, uniformly."""
+        return torch.randint(self.num_timesteps, (n,), generator=generator, device=device)
+
+    def timesteps_at(self, fractions: Tensor) -> Tensor:
+        return (fractions.double() * self.num_timesteps).long()
+
+    def timesteps(self, num_steps: int, spacing: Literal["even", "ddim"] = "even", shift: float = 1.0) -> Tensor:
         """The decreasing timesteps (num_steps,) that a sampler visits.
 
         ``even`` spreads them from T-1 to 0 inclusive, at fractional strides rounded to integers. ``ddim`` takes every
@@ -83,6 +94,8 @@ class GaussianDiffusion(Process):
         "ddimN". It never visits T-1.
         """
         T = self.num_timesteps
+        if shift != 1:
+            raise InputError(f"shift belongs to flows, whose time is continuous; leave it at 1, got {shift}")
         if not 1 <= num_steps <= T:
             raise InputError(f"num_steps must lie between 1 and {T}, got {num_steps}")
         if spacing == "even":
@@ -97,6 +110,17 @@ class GaussianDiffusion(Process):
                 f"the nearest that do are {', '.join(map(str, nearest))}, or use spacing 'even'"
             )
         return torch.arange(0, T, counts[num_steps]).flip(0)
+
+    def spans(self, parts: int) -> list[str]:
+        edges = [-(-i * self.num_timesteps // parts) for i in range(parts + 1)]
+        return [f"{first:03d}-{last - 1:03d}" for first, last in pairwise(edges)]
+
+    def scheduled(self, scheduler: str, num_steps: int, shift: float, **settings: Any) -> tuple[Any, Tensor]:
+        """A scheduler of diffusers with this schedule, and its timesteps: evenly spaced from T-1 on."""
+        betas = (1 - self._cumprod[1:] / self._cumprod[:-1]).cpu().numpy()
+        made = scheduler_of(scheduler, trained_betas=betas, timestep_spacing="linspace", **settings)
+        made.set_timesteps(num_steps)
+        return made, made.timesteps.long()
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) of timesteps t (N,), each (N, 1, 1, 1) in float32; t = -1 is clean data: (1, 0)."""

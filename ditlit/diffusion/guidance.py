@@ -28,7 +28,7 @@ class ClassifierFreeGuidance:
         scale: float,
         null_label: int,
         channels: int | None = None,
-        interval: tuple[int, int] | None = None,
+        interval: tuple[float, float] | None = None,
     ):
         check_guidance(scale, channels, interval)
         self.model = model
@@ -44,7 +44,7 @@ class ClassifierFreeGuidance:
         inside = ((t >= low) & (t <= high))[:, None, None, None]  # (N, 1, 1, 1)
         return torch.where(inside, self._guided(x_t, t, y), self.model(x_t, t, y))
 
-    def at(self, t: int) -> Denoiser:
+    def at(self, t: float) -> Denoiser:
         """The denoiser for samples that are all at timestep ``t``: the device need not be asked where they are."""
         outside = self.interval is not None and not self.interval[0] <= t <= self.interval[1]
         return self.model if self.scale == 1 or outside else self._guided

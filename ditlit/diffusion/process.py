@@ -7,10 +7,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ditlit.errors import InputError
+
 # One generator for the whole batch, or one for each sample: then a sample does not depend on its batch.
 Generators = torch.Generator | Sequence[torch.Generator] | None
 # Called after every step with its number from 0, the timestep it left, x_s and the predicted x0.
-StepCallback = Callable[[int, int, Tensor, Tensor], None]
+StepCallback = Callable[[int, float, Tensor, Tensor], None]
 
 
 class Denoiser(Protocol):
@@ -30,25 +32,59 @@ class Prediction(NamedTuple):
 class Process(ABC):
     """A diffusion process: what samplers, training and analysis ask of it. One of your own derives from this class.
 
+    Time runs from little noise to nothing but noise, in numbers that the denoiser is asked with.
+
     Attributes:
-        num_timesteps: number T of timesteps, from 0 (almost clean) to T-1 (almost noise).
         config: the keywords that it was built with, from which a checkpoint rebuilds it.
+        duration: the end of time: the number T of timesteps 0 to T-1, or 1 where time is continuous.
+        clean: the time of clean data, at which sampling ends.
+        samplers: names of the samplers that can walk it.
+        velocity_at_clean: whether the denoiser's velocity can be trusted there.
+        untrained_mse: of a denoiser that answers zero, where data have unit variance.
     """
 
-    num_timesteps: int
     config: dict[str, Any]
+    duration: float
+    clean: float
+    samplers: tuple[str, ...]
+    velocity_at_clean: bool = True
+    untrained_mse: float = 1.0
 
-    def sample_timesteps(self, n: int, generator: torch.Generator | None = None, device=None) -> Tensor:
-        """Draw n training timesteps, uniformly."""
-        return torch.randint(self.num_timesteps, (n,), generator=generator, device=device)
+    # Time --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def timesteps(self, num_steps: int, spacing: str = "even") -> Tensor:
-        """The decreasing timesteps (num_steps,) that a sampler visits."""
+    def sample_timesteps(self, n: int, generator: torch.Generator | None = None, device=None) -> Tensor:
+        """Draw n training timesteps (n,)."""
+
+    @abstractmethod
+    def timesteps_at(self, fractions: Tensor) -> Tensor:
+        """The timesteps (N,) at these fractions (N,) of the duration, each in [0, 1)."""
+
+    @abstractmethod
+    def timesteps(self, num_steps: int, spacing: str = "even", shift: float = 1.0) -> Tensor:
+        """The decreasing timesteps (num_steps,) that a sampler visits.
+
+        Raises:
+            InputError: for a number, spacing or shift that the process cannot take.
+        """
+
+    @abstractmethod
+    def spans(self, parts: int) -> list[str]:
+        """Names of equal parts of the duration, for curves."""
+
+    def scheduled(self, scheduler: str, num_steps: int, shift: float, **settings: Any) -> tuple[Any, Tensor]:
+        """A scheduler of diffusers by the name of its class, and the timesteps (num_steps,) that it visits.
+
+        Raises:
+            InputError: where it has none for such a process.
+        """
+        raise InputError(f"{scheduler} of diffusers does not know the process {type(self).__name__}")
+
+    # Noise -------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma) of timesteps t (N,), each (N, 1, 1, 1) in float32; t = -1 is clean data: (1, 0)."""
+        """(alpha, sigma) of timesteps t (N,), each (N, 1, 1, 1) in float32; (1, 0) at the time of clean data."""
 
     def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t = alpha_t x0 + sigma_t noise."""
@@ -58,14 +94,6 @@ class Process(ABC):
     @abstractmethod
     def predict(self, model: Denoiser, x_t: Tensor, t: Tensor, y: Tensor) -> Prediction:
         """Ask the denoiser for noise, clean latents and variance at x_t, for sampling."""
-
-    @abstractmethod
-    def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Mean of q(x_s | x_t, x0) for s < t, which ancestral sampling asks for."""
-
-    @abstractmethod
-    def log_variance(self, variance: Tensor | None, t: Tensor, s: Tensor) -> Tensor:
-        """Log-variance (N or N, C, H, W) of an ancestral step from t to s, where the denoiser predicts ``variance``."""
 
     @abstractmethod
     def loss(
@@ -81,3 +109,10 @@ class Process(ABC):
 
         ``t`` (N,) and ``noise`` (like x0) are drawn from ``generator`` unless given.
         """
+
+
+def scheduler_of(name: str, **settings: Any) -> Any:
+    """A scheduler of diffusers that is told clean data: every process has these."""
+    import diffusers  # slow to import, and only needed for its samplers
+
+    return getattr(diffusers, name)(prediction_type="sample", **settings)

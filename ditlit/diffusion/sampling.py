@@ -36,9 +36,10 @@ def draw_samples(
     guided = ClassifierFreeGuidance(
         model, sampling.guidance_scale, null_label, sampling.guidance_channels, sampling.guidance_interval
     )  # fmt: skip
-    timesteps = process.timesteps(sampling.num_steps, sampling.spacing)
-    module, _, name = SAMPLERS[sampling.sampler].rpartition(".")
-    own = {"eta": sampling.eta} if sampling.eta else {}
+    timesteps = process.timesteps(sampling.num_steps, sampling.spacing, sampling.shift)
+    sampler = SAMPLERS[sampling.sampler]
+    module, _, name = sampler.path.rpartition(".")
+    own = {setting: getattr(sampling, setting) for setting in sampler.takes}
     return getattr(import_module(module), name)(process, guided, noise, y, timesteps, generators, callback, **own)
 
 
@@ -62,14 +63,14 @@ def check_finite(
     if not bad.any():
         return
     row = int(bad.nonzero()[0])
-    steps: list[tuple[int, int]] = []
+    steps: list[tuple[int, float]] = []
 
-    def look(step: int, t: int, x: Tensor, _: Tensor) -> None:
+    def look(step: int, t: float, x: Tensor, _: Tensor) -> None:
         if not finite(x)[row]:
             steps.append((step, t))
 
     draw_samples(sampling, process, model, shape, y, null_label, indices, seed, look, noise)
-    since = f" from step {steps[0][0] + 1} of {sampling.num_steps} (timestep {steps[0][1]}) on" if steps else ""
+    since = f" from step {steps[0][0] + 1} of {sampling.num_steps} (timestep {steps[0][1]:g}) on" if steps else ""
     raise InputError(
         f"image {indices[row]} (class {int(y[row])}) is not finite{since}, one of {int(bad.sum())} such among "
         f"{len(x0)} drawn together; {cause(model)}"

@@ -9,54 +9,44 @@ from ditlit.diffusion.process import Denoiser, Generators, Process, StepCallback
 from ditlit.diffusion.samplers import model_at
 
 
-def dpm_solver(process: Process, model: Denoiser, noise: Tensor, y: Tensor, timesteps: Tensor, *rest: Any) -> Tensor:
+def dpm_solver(*args: Any, **kwargs: Any) -> Tensor:
     """DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095) of second order; arguments as for :func:`scheduled`."""
     settings = dict(algorithm_type="dpmsolver++", final_sigmas_type="zero")
-    scheduler = make_scheduler("DPMSolverMultistepScheduler", process, len(timesteps), **settings)
-    return scheduled(scheduler, process, model, noise, y, *rest)
+    return scheduled("DPMSolverMultistepScheduler", settings, *args, **kwargs)
 
 
-def unipc(process: Process, model: Denoiser, noise: Tensor, y: Tensor, timesteps: Tensor, *rest: Any) -> Tensor:
+def unipc(*args: Any, **kwargs: Any) -> Tensor:
     """UniPC (Zhao et al. 2023, arXiv 2302.04867) of second order; arguments as for :func:`scheduled`."""
-    scheduler = make_scheduler("UniPCMultistepScheduler", process, len(timesteps), final_sigmas_type="zero")
-    return scheduled(scheduler, process, model, noise, y, *rest)
+    return scheduled("UniPCMultistepScheduler", dict(final_sigmas_type="zero"), *args, **kwargs)
 
 
-def deis(process: Process, model: Denoiser, noise: Tensor, y: Tensor, timesteps: Tensor, *rest: Any) -> Tensor:
+def deis(*args: Any, **kwargs: Any) -> Tensor:
     """DEIS (Zhang & Chen 2023, arXiv 2204.13902) of second order; arguments as for :func:`scheduled`."""
-    return scheduled(make_scheduler("DEISMultistepScheduler", process, len(timesteps)), process, model, noise, y, *rest)
-
-
-def make_scheduler(class_name: str, process: Process, num_steps: int, **settings: Any) -> Any:
-    """A diffusers scheduler with the process's schedule and evenly spaced timesteps from T-1 on."""
-    import diffusers  # slow to import, and only needed for these samplers
-
-    alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), process.alphas_cumprod.cpu()])
-    betas = (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).numpy()
-    scheduler = getattr(diffusers, class_name)(trained_betas=betas, timestep_spacing="linspace", **settings)
-    scheduler.set_timesteps(num_steps)
-    return scheduler
+    return scheduled("DEISMultistepScheduler", {}, *args, **kwargs)
 
 
 @torch.no_grad()
 def scheduled(
-    scheduler: Any,
+    scheduler: str,
+    settings: dict[str, Any],
     process: Process,
     model: Denoiser,
     noise: Tensor,
     y: Tensor,
+    timesteps: Tensor,
     generator: Generators = None,
     callback: StepCallback | None = None,
+    shift: float = 1.0,
 ) -> Tensor:
-    """Sample with a deterministic scheduler of diffusers, of whose timesteps there are as many as of ``timesteps``.
+    """Sample with a deterministic scheduler of diffusers, which visits as many timesteps as there are here.
 
-    Arguments and result are those of :func:`ditlit.diffusion.ddpm`.
+    The other arguments and the result are those of :func:`ditlit.diffusion.ddpm`.
     """
+    made, visited = process.scheduled(scheduler, len(timesteps), shift, **settings)
     x = noise
-    for step, t in enumerate(map(int, scheduler.timesteps.tolist())):
-        at_t = torch.full((len(x),), t, device=x.device)
-        prediction = process.predict(model_at(model, t), x, at_t, y)
-        x = scheduler.step(prediction.eps, scheduler.timesteps[step], x).prev_sample
+    for step, t in enumerate(visited.tolist()):
+        prediction = process.predict(model_at(model, t), x, torch.full((len(x),), t, device=x.device), y)
+        x = made.step(prediction.x0, made.timesteps[step], x).prev_sample
         if callback:
             callback(step, t, x, prediction.x0)
     return x

@@ -11,14 +11,14 @@ import numpy as np
 
 STD_RANGE = (0.5, 1.6)  # of latents that the schedules suit; 1 is meant, TAESD has 0.82
 SURE = 3  # standard errors that make a difference sure
-UNLEARNED = 0.9  # mean squared error: 1 is that of predicting nothing
+UNLEARNED = 0.9  # of the mean squared error of predicting nothing
 FAR_FROM_REFERENCE = 1.25
 LAGGING = 1.1  # the average's loss over that of the raw weights
 
 
 @dataclass
 class Losses:
-    """Mean squared errors of the noise, for the same samples, timesteps and noise, each (n,).
+    """Mean squared errors of the noise or velocity, for the same samples, timesteps and noise, each (n,).
 
     Args:
         t: timesteps.
@@ -26,6 +26,7 @@ class Losses:
         null: given the null label.
         wrong: given other samples' labels; None where there is one class only.
         raw: given the samples' labels, of the raw weights; None where there are none.
+        untrained: the error of predicting nothing.
     """
 
     t: np.ndarray
@@ -33,6 +34,7 @@ class Losses:
     null: np.ndarray
     wrong: np.ndarray | None = None
     raw: np.ndarray | None = None
+    untrained: float = 1.0
 
 
 @dataclass
@@ -93,10 +95,10 @@ def findings(
     mse = float(losses.right.mean())
     if not np.isfinite(losses.right).all():
         return [*found, "the loss is NaN or Inf: the weights hold NaN, or the latents are far too large"]
-    if mse > UNLEARNED:
+    if mse > UNLEARNED * losses.untrained:
         found.append(
-            f"the mean squared error is {mse:.3f}, about that of predicting nothing (1): these weights have learned "
-            "little; were the right ones loaded?"
+            f"the mean squared error is {mse:.3f}, about that of predicting nothing ({losses.untrained:g}): these "
+            "weights have learned little; were the right ones loaded?"
         )
     else:
         found += about_labels(losses)
@@ -109,7 +111,7 @@ def findings(
         ratio = ours[worst] / reference["mse"][worst]
         if ratio > FAR_FROM_REFERENCE:
             found.append(
-                f"at timesteps {edges[worst]:.0f} to {edges[worst + 1]:.0f} the error is {ratio:.2f} times that of "
+                f"at timesteps {edges[worst]:g} to {edges[worst + 1]:g} the error is {ratio:.2f} times that of "
                 f"{reference['recipe']} after {reference['step']:,} steps"
             )
     return found

@@ -23,31 +23,13 @@ Precision = Literal["32", "tf32", "bf16", "fp16"]
 WEIGHTS = {"32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TimeTable(nn.Module):
-    """All timestep embeddings, computed once: sampling asks for the same few again and again.
-
-    Args:
-        embed: the network from timesteps (M,) to embeddings (M, D).
-        num_timesteps: number T of them.
-    """
-
-    def __init__(self, embed: nn.Module, num_timesteps: int, device: torch.device):
-        super().__init__()
-        with torch.no_grad():
-            table = embed(torch.arange(num_timesteps, device=device))
-        self.register_buffer("table", table, persistent=False)  # (T, D)
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.table[t]
-
-
 @dataclass
 class SamplingPipeline:
     """Draws images on one device.
 
     Args:
-        denoiser: with its weights. It is moved to the device. A DiT is taken to the precision, its timestep embedding
-            replaced by a table, and its layers by faster ones on a CPU; another denoiser runs under autocast.
+        denoiser: with its weights. It is moved to the device. A DiT is taken to the precision, and its layers are
+            replaced by faster ones on a CPU; another denoiser runs under autocast.
         process: its diffusion process.
         latents: ``shift`` and ``scale`` of the latents, as in a checkpoint.
         sampling: how samples are drawn.
@@ -82,9 +64,6 @@ class SamplingPipeline:
         known = isinstance(self.denoiser, DiT)
         self.autocast = None if known or dtype == torch.float32 else dtype
         self.denoiser.to(self.device, torch.float32 if self.autocast else dtype)
-        if known:
-            table = TimeTable(self.denoiser.time_embed, self.process.num_timesteps, self.device)
-            self.denoiser.time_embed = table
         if self.compile:
             self.denoiser.compile()
         elif self.device.type == "cpu":

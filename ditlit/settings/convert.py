@@ -16,9 +16,10 @@ class ConvertSettings:
 
     Example: ditlit convert --source runs/xl2/checkpoints/last.ckpt --out xl2-pipeline --vae stabilityai/sd-vae-ft-ema
 
-    Weights come back from every format bit for bit. What is written holds one set of weights and no optimizer: train
-    on from it with fit --model.init_from. Released files hold weights and nothing else; the other formats also keep
-    the configuration, the step, and what is known of the latents.
+    Weights come back from every format bit for bit, but SiT's: its models are asked with 1 - t and answer -v, for which
+    the first layer of the timestep embedding is changed, and that comes back to rounding. What is written holds one set
+    of weights and no optimizer: train on from it with fit --model.init_from. Released files hold weights and nothing
+    else; the other formats also keep the configuration, the step, and what is known of the latents.
 
     diffusers computes the timestep embedding with other frequencies than DiT does, so its copies of the timestep
     embedder are fitted anew, and the original is kept beside them. For DiT-L and DiT-XL the result is the same model
@@ -31,6 +32,7 @@ class ConvertSettings:
             safetensors file, a diffusers folder, or the name of one on the Hugging Face hub.
         out: the file or folder to write; it appears when it is whole.
         to: the format; by default told from the name of ``out``: .ckpt, .pt, .safetensors, or a folder for diffusers.
+            sit is a .pt file as SiT has them, for flows.
         weights: the moving average or the raw weights, where the source holds both.
         dtype: precision of the weights written.
         vae: folder or hub name of the VAE for a whole DiTPipeline; without it a folder for DiTTransformer2DModel alone
@@ -44,7 +46,7 @@ class ConvertSettings:
 
     source: str
     out: str
-    to: Literal["ckpt", "released", "safetensors", "diffusers"] | None = None
+    to: Literal["ckpt", "released", "sit", "safetensors", "diffusers"] | None = None
     weights: Literal["ema", "raw"] = "ema"
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     vae: str | None = None

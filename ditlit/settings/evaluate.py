@@ -8,7 +8,7 @@ from typing import Any
 
 from ditlit.errors import InputError, check_positive
 from ditlit.settings.groups import Classes, Drawing, Execution, Judging, Reading
-from ditlit.settings.sampling import Sampling
+from ditlit.settings.sampling import Sampling, interval_of
 
 FEATURES = "~/.cache/ditlit/features"  # where they are kept
 
@@ -237,8 +237,5 @@ def parsed(text: str, kind: Callable[[str], Any], name: str) -> list:
         raise InputError(f"--{name} takes values separated by commas, got {text!r}") from None
 
 
-def interval_between(word: str) -> tuple[int, int] | None:
-    if word == "all":
-        return None
-    low, high = word.split("-")
-    return int(low), int(high)
+def interval_between(word: str) -> tuple[float, float] | None:
+    return None if word == "all" else interval_of(word.split("-"))

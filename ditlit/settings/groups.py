@@ -32,6 +32,8 @@ class Reading:
         num_heads: attention heads, for bare weights whose width is none of the paper's.
         input_size: side, or height and width, of the latents, for bare weights without a square position table.
         in_channels: channels of the latents, for bare weights under our names; 4 by default.
+        process: for bare weights under the released names, which DiT, SiT and REPA share: ddpm (by default), or sit or
+            repa for flows, whose weights are read for :class:`ditlit.diffusion.RectifiedFlow`.
         trust: packages, modules or classes of your own, separated by commas or as a list, which the checkpoint may name
             as its denoiser or process: they are imported.
     """
@@ -39,6 +41,7 @@ class Reading:
     num_heads: int | None = None
     input_size: int | tuple[int, int] | None = None
     in_channels: int | None = None
+    process: Literal["ddpm", "sit", "repa"] | None = None
     trust: str | Sequence[str] | None = None
 
 

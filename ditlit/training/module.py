@@ -277,10 +277,10 @@ class DiTModule(LightningModule):
         def draw(*shape: int) -> Tensor:
             return normal(shape, generators).to(self.device)
 
-        t = [int(i * GOLDEN_RATIO % 1 * self.process.num_timesteps) for i in index]
+        fractions = torch.tensor([i * GOLDEN_RATIO % 1 for i in index], dtype=torch.float64)
         noise = draw(*self.latent_shape)  # (N, C, H, W)
         x0 = self.scaled(batch, draw)  # (N, C, H, W)
-        t = torch.tensor(t, device=self.device)  # (N,)
+        t = self.process.timesteps_at(fractions).to(self.device)  # (N,)
         terms = self.process.loss(self.denoiser, x0, batch["labels"], t=t, noise=noise)
         valid = batch["valid"].float()  # (N,), 0 for the rows that only fill up a batch
         count = valid.sum()

@@ -101,7 +101,7 @@ def test_fast_solvers_start_at_the_last_timestep_and_spread_evenly():
 
 
 def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(InputError, match="deterministic and evenly spaced: leave eta and spacing alone"):
+    with pytest.raises(InputError, match="evenly spaced and has no eta: leave eta and spacing alone"):
         Sampling(sampler="dpm++", eta=0.5)
     process = GaussianDiffusion()
     with pytest.raises(InputError, match="num_steps must lie between 1 and 1000"):

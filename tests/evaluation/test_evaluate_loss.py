@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +37,13 @@ def test_errors_are_averaged_in_bins_of_timesteps():
     means, errors = by_timestep(t, np.array([1.0, 3.0, 5.0, 7.0, 8.0]), np.array([0, 100, 200, 300, 400]))
     np.testing.assert_allclose(means, [2, 5, 7.5, np.nan])
     np.testing.assert_allclose(errors, [1, np.nan, 0.5, np.nan])
+
+
+def test_what_predicting_nothing_costs_depends_on_the_process():
+    flow = replace(losses(right=1.2, null=1.3, wrong=1.4), untrained=2.0)
+    assert findings(flow, GOOD) == []
+    assert "about that of predicting nothing (2)" in findings(replace(flow, right=flow.right + 0.7), GOOD)[0]
+    assert "about that of predicting nothing (1)" in findings(replace(flow, untrained=1.0), GOOD)[0]
 
 
 def test_nothing_is_said_of_a_healthy_run():
