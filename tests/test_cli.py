@@ -16,6 +16,7 @@ from ditlit.__main__ import command_parser, joined, let_idle_threads_sleep, main
 from ditlit.benchmarking.cli import BenchmarkCLI
 from ditlit.cli import DitlitCLI
 from ditlit.commands import COMMANDS
+from ditlit.diffusion import GaussianDiffusion, RectifiedFlow
 from ditlit.errors import InputError
 from ditlit.mistakes import unknown_setting
 from ditlit.settings.configs import find_config, with_found_configs
@@ -60,8 +61,11 @@ def test_every_configuration_builds(cli, config):
     if base:
         changed = yaml.safe_load(config.read_text())["trainer"]["default_root_dir"]
         assert built.trainer.default_root_dir.endswith(changed)
-    if name in ("s2.yaml", "b2.yaml", "l2.yaml", "xl2.yaml"):
-        assert built.model.denoiser.config["variant"] == f"DiT-{config.stem[:-1].upper()}/2"
+    if name.removeprefix("sit-") in ("s2.yaml", "b2.yaml", "l2.yaml", "xl2.yaml"):
+        flow = name.startswith("sit-")
+        assert built.model.denoiser.config["variant"] == f"DiT-{config.stem.removeprefix('sit-')[:-1].upper()}/2"
+        assert type(built.model.process) is (RectifiedFlow if flow else GaussianDiffusion)
+        assert built.model.denoiser.config["learn_sigma"] is not flow
         optimizer = built.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
         group = optimizer.param_groups[0]
         assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, (0.9, 0.999), 0.0)

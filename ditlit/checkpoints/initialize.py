@@ -7,26 +7,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditlit.checkpoints.contents import CheckpointContents, check_shapes, describe
+from ditlit.diffusion import Process
 from ditlit.errors import InputError, counted
 from ditlit.models.embeddings import sincos_positions
+
+OF_A_PROCESS = ("time_embed.", "final.linear.")  # keys of a DiT whose meaning a process gives
 
 
 @torch.no_grad()
 def initialize(
-    denoiser: nn.Module, contents: CheckpointContents, class_names: list[str] | None, where: Any
+    denoiser: nn.Module,
+    contents: CheckpointContents,
+    class_names: list[str] | None,
+    where: Any,
+    process: Process | None = None,
 ) -> list[str]:
     """Give a denoiser the weights of a checkpoint.
 
     A fixed position table is that of the denoiser's own grid; a learned one is resized (bicubic). The row of the null
     class is always copied. Rows of classes are copied by name where the class names of both sides are known, and those
     of classes that the checkpoint does not know keep the denoiser's initialisation. Where names are unknown they are
-    copied by number if there are as many, else not at all.
+    copied by number if there are as many, else not at all. Where the checkpoint's process is of another class, the
+    denoiser's answer and its time mean something else: the last layer and the embedding of time begin anew.
 
     Args:
         denoiser: to be given weights, in place.
         contents: of the checkpoint.
         class_names: of the denoiser's classes, where known.
         where: the checkpoint's place, for messages.
+        process: that the denoiser is trained with; the checkpoint's own where it is not given.
 
     Returns:
         What was done, a line for each thing.
@@ -46,6 +55,7 @@ def initialize(
     own, state = denoiser.state_dict(), dict(contents.state)
     set_name = "weights" if contents.weights == "unknown" else f"{contents.weights} weights"
     report = [f"Starting from the {set_name} of {where} ({contents.format}, step {contents.step})"]
+    report += fit_process(state, own, process, contents)
     report += fit_positions(state, own, denoiser.grid, contents)
     report += fit_labels(state, own, class_names, contents.latents.get("class_names"))
     check_shapes(state, own, where)
@@ -54,6 +64,21 @@ def initialize(
         raise InputError(f"{where} has {heads[0]} attention heads, the denoiser has {heads[1]}")
     denoiser.load_state_dict(state)
     return report
+
+
+def fit_process(
+    state: dict[str, Tensor], own: dict[str, Tensor], process: Process | None, contents: CheckpointContents
+) -> list[str]:
+    """Leave what another process gives no meaning to as the denoiser has it."""
+    if process is None or describe(process)["class_path"] == contents.process["class_path"]:
+        return []
+    anew = [key for key in own if key.startswith(OF_A_PROCESS)]
+    state.update({key: own[key] for key in anew})
+    theirs = contents.process["class_path"].rpartition(".")[2]
+    return [
+        f"Process: {theirs} to {type(process).__name__}; {', '.join(anew)} begin anew, blocks, patches and labels are "
+        "kept"
+    ]
 
 
 def fit_positions(

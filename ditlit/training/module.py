@@ -174,7 +174,8 @@ class DiTModule(LightningModule):
         contents = checkpoints.read(source, num_heads=heads, trust=classes)
         if manifest is not None:
             check_same_vae(contents.latents, manifest, source, self.trainer.datamodule.store)
-        for line in checkpoints.initialize(self.denoiser, contents, getattr(manifest, "class_names", None), source):
+        names = getattr(manifest, "class_names", None)
+        for line in checkpoints.initialize(self.denoiser, contents, names, source, self.process):
             rank_zero_info(line)
         self.init_from = None  # a second fit of this module continues
         if self.ema is not None:

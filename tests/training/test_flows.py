@@ -7,10 +7,12 @@ import pytest
 import torch
 from calls import evaluate_loss, sample
 from lightning.pytorch.loggers import CSVLogger
+from weights import contents_of, scrambled
 
 import ditlit
 from ditlit.benchmarking.sampling import count_guided
 from ditlit.callbacks import SampleGrid, TrainingMonitor
+from ditlit.checkpoints.safetensors_files import write_safetensors
 from ditlit.data import DigitsDataModule
 from ditlit.diffusion import RectifiedFlow, Sampling
 from ditlit.errors import InputError
@@ -116,3 +118,23 @@ def test_sweeps_and_measurements_know_intervals_of_a_flow():
                            interval="all,0.1-0.9").points  # fmt: skip
     assert [point.guidance_interval for point in points] == [None, (0.1, 0.9)]
     assert count_guided(RectifiedFlow(), points[1]) == (9, 1)  # of times 1.0 to 0.1
+
+
+def test_a_flow_starts_from_the_weights_of_a_diffusion(flow_module, make_trainer, tmp_path, monkeypatch):
+    """Blocks, patches and labels are kept; the last layer and the embedding of time mean something else in a flow."""
+    sizes = dict(input_size=8, in_channels=1, num_classes=10, patch_size=4, hidden_size=16, depth=2, num_heads=2)
+    source = scrambled(**sizes)
+    write_safetensors(contents_of(source), tmp_path / "dit.safetensors")
+    said = []
+    monkeypatch.setattr("ditlit.training.module.rank_zero_info", said.append)
+    module = flow_module()
+    module.init_from = str(tmp_path / "dit.safetensors")
+    fresh = {name: value.clone() for name, value in module.denoiser.state_dict().items()}
+    data = DigitsDataModule(str(tmp_path / "digits"), global_batch_size=64, val_batch_size=360)
+    make_trainer(max_steps=0).fit(module, data)
+    for name, value in module.denoiser.state_dict().items():
+        anew = name.startswith(("time_embed.", "final.linear."))
+        assert torch.equal(value, fresh[name] if anew else source.state_dict()[name]), name
+    line = next(line for line in said if line.startswith("Process: "))
+    assert line.startswith("Process: GaussianDiffusion to RectifiedFlow; time_embed.mlp.0.weight, time_embed")
+    assert line.endswith("final.linear.weight, final.linear.bias begin anew, blocks, patches and labels are kept")
